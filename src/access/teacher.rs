@@ -1,0 +1,67 @@
+//! The trait that hides how a model is reached.
+
+use crate::error::Result;
+use crate::tensor::{Images, RngStream};
+use crate::zoo::ModelSpec;
+
+/// A per-image loss on a teacher's logits: value, and gradient for teachers that can use it.
+///
+/// Implementations must be pure: the same index and logits give the same value.
+pub trait LogitsLoss: Sync {
+    /// Loss of image `index` of the batch given its logits (length = classes).
+    fn value(&self, index: usize, logits: &[f32]) -> f64;
+    /// Gradient of [`LogitsLoss::value`] to the logits, written to `gradient`.
+    fn gradient(&self, index: usize, logits: &[f32], gradient: &mut [f32]);
+}
+
+/// What is minimised over the images: the mean over the batch of `logits` plus, for teachers with
+/// normalisation statistics, `statistics_weight * sum_l (|mean_l - ref| + |var_l - ref|)`, un-squared
+/// L2 norms of per-channel vectors (PURER sec. 2.2, DeepInversion).
+pub struct Objective<'a> {
+    /// Loss on the logits, averaged over the batch.
+    pub logits: &'a dyn LogitsLoss,
+    /// Weight of the statistics term; ignored by teachers that have none.
+    pub statistics_weight: f32,
+}
+
+/// The gradient of an [`Objective`] to a batch of canonical images, with what was seen on the way.
+pub struct ImageGradient {
+    /// Gradient of the objective, same shape as the images.
+    pub gradient: Images,
+    /// Mean loss on the logits.
+    pub logits_loss: f64,
+    /// Unweighted statistics term (0 for teachers without).
+    pub statistics_loss: f64,
+    /// Logits `[n, classes]`, row-major.
+    pub logits: Vec<f32>,
+}
+
+/// A classifier that can be asked and, exactly or by estimate, differentiated.
+///
+/// Images are canonical ([0,1], RGB, NCHW, any size; the adapter inside resizes to the model's own
+/// size); gradients are with respect to these canonical images.
+pub trait Teacher: Send + Sync {
+    /// What is known of the model.
+    fn spec(&self) -> &ModelSpec;
+
+    /// Logits `[n, classes]`, row-major. Where only probabilities come back, their logarithms.
+    ///
+    /// # Errors
+    /// When the model cannot be run, or the query budget does not cover the batch.
+    fn logits(&self, images: &Images) -> Result<Vec<f32>>;
+
+    /// Gradient of `objective` to `images`: exact for white-box, estimated from counted queries
+    /// otherwise. `rng` gives the estimator's directions; exact teachers do not touch it.
+    ///
+    /// # Errors
+    /// As [`Teacher::logits`].
+    fn image_gradient(
+        &self,
+        images: &Images,
+        objective: &Objective<'_>,
+        rng: &mut RngStream,
+    ) -> Result<ImageGradient>;
+
+    /// Queries spent so far (images asked); 0 for white-box teachers.
+    fn queries(&self) -> u64;
+}

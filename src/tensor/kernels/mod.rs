@@ -1,0 +1,10 @@
+//! CPU kernels on row-major slices, generic over `f32` and `f64`.
+//!
+//! Each kernel's result is the same for any number of threads: work is split into disjoint output
+//! pieces, and sums over pieces are added in a fixed order.
+
+pub mod conv;
+pub mod element;
+pub mod gemm;
+
+pub use element::Element;

@@ -1,0 +1,12 @@
+//! Numbers and what computes with them: seeded random streams, image batches, CPU kernels, the tape.
+//!
+//! Nothing here knows of ONNX, files or methods. Kernels take plain row-major slices (NCHW for
+//! images) so that the frozen plan (`graph`) and the tape share them.
+
+pub mod images;
+pub mod kernels;
+pub mod rng;
+pub mod tape;
+
+pub use images::Images;
+pub use rng::RngStream;

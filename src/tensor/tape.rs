@@ -1,0 +1,1 @@
+//! The tape (helper TAPE writes it).

@@ -1,0 +1,2 @@
+//! One binary for all integration tests (one link, shared helpers).
+#![allow(clippy::unwrap_used, unused_crate_dependencies)]
