@@ -85,7 +85,10 @@ impl Images {
     pub fn range(&self, start: usize, end: usize) -> Self {
         let stride = self.stride();
         let [_, c, h, w] = self.shape;
-        Self { data: self.data[start * stride..end * stride].to_vec(), shape: [end - start, c, h, w] }
+        Self {
+            data: self.data[start * stride..end * stride].to_vec(),
+            shape: [end - start, c, h, w],
+        }
     }
 
     /// Appends the images of `other`, which must have the same channels and size.

@@ -6,5 +6,6 @@
 pub mod spec;
 
 pub use spec::{
-    Access, BatchDimension, Color, ElementType, Layout, ModelSpec, OutputKind, Preprocess, Rejection,
+    Access, BatchDimension, Color, ElementType, Layout, ModelSpec, OutputKind, Preprocess,
+    Rejection,
 };

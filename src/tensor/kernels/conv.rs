@@ -39,12 +39,24 @@ impl Conv2dGeometry {
 }
 
 /// `y = conv(x, w) + bias`; `x` [N,C,H,W], `w` [O,C/groups,kh,kw], `y` [N,O,Ho,Wo].
-pub fn conv2d<T: Element>(_g: &Conv2dGeometry, _x: &[T], _w: &[T], _bias: Option<&[T]>, _y: &mut [T]) {
+pub fn conv2d<T: Element>(
+    _g: &Conv2dGeometry,
+    _x: &[T],
+    _w: &[T],
+    _bias: Option<&[T]>,
+    _y: &mut [T],
+) {
     todo!("core")
 }
 
 /// `dx (+)= gradient to the input`; adds to `dx` when `accumulate`.
-pub fn conv2d_input_gradient<T: Element>(_g: &Conv2dGeometry, _dy: &[T], _w: &[T], _dx: &mut [T], _accumulate: bool) {
+pub fn conv2d_input_gradient<T: Element>(
+    _g: &Conv2dGeometry,
+    _dy: &[T],
+    _w: &[T],
+    _dx: &mut [T],
+    _accumulate: bool,
+) {
     todo!("core")
 }
 

@@ -1,0 +1,353 @@
+//! From canonical images ([0,1], RGB, NCHW, any size) to a model's own input, and back for gradients.
+//!
+//! One linear map per [`Preprocess`]: crop and resize (bilinear, antialiased when shrinking, as Pillow
+//! does), mix the colour channels, scale to `value_range`, subtract `mean`, divide by `std`, lay out the
+//! axes; then the rounding of the element type. [`Adapter::backward`] is the exact transpose of the
+//! linear part, built from the same weights; rounding is passed straight through. White-box, black-box
+//! and remote teachers share it, so an image means the same to each.
+
+use std::borrow::Cow;
+
+use half::f16;
+
+use crate::error::{Error, Result};
+use crate::tensor::Images;
+use crate::zoo::{Color, ElementType, Layout, Preprocess};
+
+/// Share of red, green and blue in grey (ITU-R BT.601, what Pillow's `convert("L")` uses).
+const GREY: [f32; 3] = [0.299, 0.587, 0.114];
+
+/// Channels of a canonical image.
+const CANONICAL_CHANNELS: usize = 3;
+
+/// What one channel of the model's input takes from the canonical channels.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Channel {
+    /// One canonical channel, by index.
+    One(usize),
+    /// All three, weighted by [`GREY`].
+    Grey,
+}
+
+/// The map from canonical images to the input of one model.
+#[derive(Debug, Clone)]
+pub struct Adapter {
+    height: usize,
+    width: usize,
+    layout: Layout,
+    dtype: ElementType,
+    crop: f64,
+    channels: Vec<Channel>,
+    /// Input value = `scale * canonical + offset`, per channel.
+    scale: Vec<f32>,
+    offset: Vec<f32>,
+}
+
+impl Adapter {
+    /// The map that `preprocess` describes. `mean` and `std` hold one value a channel (in the model's
+    /// own channel order), one for all, or none (0 and 1).
+    ///
+    /// # Errors
+    /// When the fields contradict each other (channel count against colour, a zero `std`, a crop
+    /// outside `0..=1`).
+    pub fn new(preprocess: &Preprocess) -> Result<Self> {
+        let [count, height, width] = preprocess.input_size;
+        let channels = match (preprocess.color, count) {
+            (Color::Rgb, 3) => vec![Channel::One(0), Channel::One(1), Channel::One(2)],
+            (Color::Bgr, 3) => vec![Channel::One(2), Channel::One(1), Channel::One(0)],
+            (Color::Grey, 1) => vec![Channel::Grey],
+            (color, _) => {
+                return Err(Error::input(format!(
+                    "color {color:?} cannot fill `{count}` channels"
+                ))
+                .hint("set `preprocess.color` to grey for 1 channel, rgb or bgr for 3"));
+            }
+        };
+        if height == 0 || width == 0 {
+            return Err(Error::input(format!("input size is empty `{height}x{width}`")));
+        }
+        let crop = f64::from(preprocess.crop_pct);
+        if !(crop > 0.0 && crop <= 1.0) {
+            return Err(Error::input(format!("crop_pct is not in (0, 1] `{crop}`")));
+        }
+        let [low, high] = preprocess.value_range;
+        let mean = per_channel("mean", &preprocess.mean, count, 0.0)?;
+        let std = per_channel("std", &preprocess.std, count, 1.0)?;
+        if let Some(bad) = std.iter().find(|value| !value.is_normal()) {
+            return Err(Error::input(format!("std holds a value that cannot divide `{bad}`")));
+        }
+        if !(low.is_finite() && high.is_finite()) || low == high {
+            return Err(Error::input(format!("value_range is empty `[{low}, {high}]`")));
+        }
+        Ok(Self {
+            height,
+            width,
+            layout: preprocess.layout,
+            dtype: preprocess.dtype,
+            crop,
+            channels,
+            scale: std.iter().map(|std| (high - low) / std).collect(),
+            offset: mean.iter().zip(&std).map(|(mean, std)| (low - mean) / std).collect(),
+        })
+    }
+
+    /// Shape of the model's input for `n` images, in the model's own axis order.
+    pub fn input_shape(&self, n: usize) -> [usize; 4] {
+        let (c, h, w) = (self.channels.len(), self.height, self.width);
+        match self.layout {
+            Layout::Nchw => [n, c, h, w],
+            Layout::Nhwc => [n, h, w, c],
+        }
+    }
+
+    /// Element type of the model's input.
+    pub fn dtype(&self) -> ElementType {
+        self.dtype
+    }
+
+    /// The smallest change of a canonical value that the input can tell apart: 0 for float inputs, one
+    /// level for `uint8`.
+    pub fn quantum(&self) -> f32 {
+        match self.dtype {
+            ElementType::Uint8 => {
+                self.scale.iter().map(|scale| scale.abs().recip()).fold(0.0, f32::max)
+            }
+            _ => 0.0,
+        }
+    }
+
+    /// Input values of `images` in the order of [`Adapter::input_shape`], already rounded to what the
+    /// element type can hold (`uint8`: nearest, kept in 0..=255) but stored as `f32`.
+    ///
+    /// # Errors
+    /// When the images are not canonical (3 channels, at least one pixel).
+    pub fn forward(&self, images: &Images) -> Result<Vec<f32>> {
+        let resize = self.resize(images.shape())?;
+        let (c, pixels) = (self.channels.len(), self.height * self.width);
+        let mut out = vec![0.0; images.len() * c * pixels];
+        let (channel_step, pixel_step) = self.steps();
+        let mut rows = Vec::new();
+        let mut plane = vec![0.0; pixels];
+        for index in 0..images.len() {
+            let image = images.image(index);
+            let target = &mut out[index * c * pixels..(index + 1) * c * pixels];
+            for (channel, &mix) in self.channels.iter().enumerate() {
+                resize.forward(&mixed(image, mix), &mut rows, &mut plane);
+                let (scale, offset) = (self.scale[channel], self.offset[channel]);
+                let values = target[channel * channel_step..].iter_mut().step_by(pixel_step);
+                for (value, &x) in values.zip(&plane) {
+                    *value = self.round(scale * x + offset);
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    /// Gradient to the canonical images (`image_shape` = `[n, 3, height, width]`) from the gradient to
+    /// the model's input, in the order of [`Adapter::input_shape`].
+    ///
+    /// # Errors
+    /// When `d_input` does not hold the gradient of `n` inputs, or the images are not canonical.
+    pub fn backward(&self, d_input: &[f32], image_shape: [usize; 4]) -> Result<Images> {
+        let resize = self.resize(image_shape)?;
+        let [n, _, h, w] = image_shape;
+        let (c, pixels) = (self.channels.len(), self.height * self.width);
+        if d_input.len() != n * c * pixels {
+            return Err(Error::internal(format!(
+                "gradient of `{}` values for inputs of shape {:?}",
+                d_input.len(),
+                self.input_shape(n)
+            )));
+        }
+        let mut images = Images::zeros(image_shape);
+        let (channel_step, pixel_step) = self.steps();
+        let mut rows = Vec::new();
+        let mut plane = vec![0.0; pixels];
+        let mut d_mixed = vec![0.0; h * w];
+        let stride = images.stride();
+        for (source, target) in
+            d_input.chunks_exact(c * pixels).zip(images.data_mut().chunks_exact_mut(stride))
+        {
+            for (channel, &mix) in self.channels.iter().enumerate() {
+                let scale = self.scale[channel];
+                let values = source[channel * channel_step..].iter().step_by(pixel_step);
+                for (x, &value) in plane.iter_mut().zip(values) {
+                    *x = scale * value;
+                }
+                resize.backward(&plane, &mut rows, &mut d_mixed);
+                for (index, weight) in shares(mix) {
+                    let plane = &mut target[index * h * w..(index + 1) * h * w];
+                    plane.iter_mut().zip(&d_mixed).for_each(|(out, &d)| *out += weight * d);
+                }
+            }
+        }
+        Ok(images)
+    }
+
+    /// Distance in the input between two channels and between two pixels of one image.
+    fn steps(&self) -> (usize, usize) {
+        match self.layout {
+            Layout::Nchw => (self.height * self.width, 1),
+            Layout::Nhwc => (1, self.channels.len()),
+        }
+    }
+
+    fn round(&self, value: f32) -> f32 {
+        match self.dtype {
+            ElementType::Uint8 => value.round().clamp(0.0, 255.0),
+            ElementType::Float16 => f16::from_f32(value).to_f32(),
+            ElementType::Float32 | ElementType::Float64 => value,
+        }
+    }
+
+    fn resize(&self, image_shape: [usize; 4]) -> Result<Resize> {
+        let [_, channels, height, width] = image_shape;
+        if channels != CANONICAL_CHANNELS || height == 0 || width == 0 {
+            return Err(Error::internal(format!(
+                "canonical images have 3 channels and pixels, got `{image_shape:?}`"
+            )));
+        }
+        Ok(Resize {
+            vertical: Axis::new(height, self.height, self.crop),
+            horizontal: Axis::new(width, self.width, self.crop),
+        })
+    }
+}
+
+/// `values` spread over `count` channels.
+fn per_channel(field: &str, values: &[f32], count: usize, default: f32) -> Result<Vec<f32>> {
+    if let Some(bad) = values.iter().find(|value| !value.is_finite()) {
+        return Err(Error::input(format!("{field} holds a value that is not finite `{bad}`")));
+    }
+    match *values {
+        [] => Ok(vec![default; count]),
+        [one] => Ok(vec![one; count]),
+        _ if values.len() == count => Ok(values.to_vec()),
+        _ => Err(Error::input(format!(
+            "{field} needs {count} values, one a channel, got `{values:?}`"
+        ))),
+    }
+}
+
+/// The canonical channels that make up `mix`, with their weights.
+fn shares(mix: Channel) -> impl Iterator<Item = (usize, f32)> {
+    let weights = match mix {
+        Channel::Grey => GREY,
+        Channel::One(index) => std::array::from_fn(|i| f32::from(i == index)),
+    };
+    weights.into_iter().enumerate().filter(|&(_, weight)| weight != 0.0)
+}
+
+/// The plane of `image` that `mix` asks for.
+fn mixed(image: &[f32], mix: Channel) -> Cow<'_, [f32]> {
+    let pixels = image.len() / CANONICAL_CHANNELS;
+    match mix {
+        Channel::One(index) => Cow::Borrowed(&image[index * pixels..(index + 1) * pixels]),
+        Channel::Grey => Cow::Owned(
+            (0..pixels)
+                .map(|i| {
+                    GREY[0] * image[i]
+                        + GREY[1] * image[pixels + i]
+                        + GREY[2] * image[2 * pixels + i]
+                })
+                .collect(),
+        ),
+    }
+}
+
+/// A separable resize of one plane.
+struct Resize {
+    vertical: Axis,
+    horizontal: Axis,
+}
+
+impl Resize {
+    /// Resizes `plane` into `out`: columns first, then rows; `rows` is scratch.
+    fn forward(&self, plane: &[f32], rows: &mut Vec<f32>, out: &mut [f32]) {
+        let (from, to) = (self.horizontal.from, self.horizontal.to());
+        rows.clear();
+        for row in plane.chunks_exact(from) {
+            rows.extend((0..to).map(|x| {
+                let (start, weights) = self.horizontal.taps(x);
+                row[start..].iter().zip(weights).map(|(value, weight)| value * weight).sum::<f32>()
+            }));
+        }
+        out.fill(0.0);
+        for (y, target) in out.chunks_exact_mut(to).enumerate() {
+            let (start, weights) = self.vertical.taps(y);
+            for (row, &weight) in rows[start * to..].chunks_exact(to).zip(weights) {
+                target.iter_mut().zip(row).for_each(|(out, value)| *out += weight * value);
+            }
+        }
+    }
+
+    /// The transpose of [`Resize::forward`]: `d_plane` is overwritten.
+    fn backward(&self, d_out: &[f32], rows: &mut Vec<f32>, d_plane: &mut [f32]) {
+        let (from, to) = (self.horizontal.from, self.horizontal.to());
+        rows.clear();
+        rows.resize(self.vertical.from * to, 0.0);
+        for (y, source) in d_out.chunks_exact(to).enumerate() {
+            let (start, weights) = self.vertical.taps(y);
+            for (row, &weight) in rows[start * to..].chunks_exact_mut(to).zip(weights) {
+                row.iter_mut().zip(source).for_each(|(out, value)| *out += weight * value);
+            }
+        }
+        d_plane.fill(0.0);
+        for (row, source) in d_plane.chunks_exact_mut(from).zip(rows.chunks_exact(to)) {
+            for (x, &value) in source.iter().enumerate() {
+                let (start, weights) = self.horizontal.taps(x);
+                row[start..]
+                    .iter_mut()
+                    .zip(weights)
+                    .for_each(|(out, weight)| *out += weight * value);
+            }
+        }
+    }
+}
+
+/// Which old values, with which weights, make each new value along one axis.
+struct Axis {
+    from: usize,
+    starts: Vec<usize>,
+    /// Weights of output `i` are `weights[ends[i - 1]..ends[i]]`.
+    ends: Vec<usize>,
+    weights: Vec<f32>,
+}
+
+impl Axis {
+    /// Bilinear taps from the middle `crop` of `from` values to `to` values. When shrinking, the
+    /// triangle widens by the factor, so that every old value counts (no aliasing).
+    fn new(from: usize, to: usize, crop: f64) -> Self {
+        let kept = from as f64 * crop;
+        let low = (from as f64 - kept) / 2.0;
+        let step = kept / to as f64;
+        let reach = step.max(1.0);
+        let mut axis = Self { from, starts: Vec::new(), ends: Vec::new(), weights: Vec::new() };
+        for i in 0..to {
+            let center = low + (i as f64 + 0.5) * step;
+            let start = ((center - reach + 0.5).floor().max(0.0) as usize).min(from - 1);
+            let end = ((center + reach + 0.5).floor() as usize).clamp(start + 1, from);
+            let taps: Vec<f64> = (start..end)
+                .map(|old| (1.0 - ((old as f64 + 0.5 - center) / reach).abs()).max(0.0))
+                .collect();
+            let total: f64 = taps.iter().sum();
+            axis.starts.push(start);
+            axis.weights.extend(taps.iter().map(|tap| (tap / total) as f32));
+            axis.ends.push(axis.weights.len());
+        }
+        axis
+    }
+
+    fn to(&self) -> usize {
+        self.starts.len()
+    }
+
+    /// First old value and the weights for new value `i`.
+    fn taps(&self, i: usize) -> (usize, &[f32]) {
+        let begin = if i == 0 { 0 } else { self.ends[i - 1] };
+        (self.starts[i], &self.weights[begin..self.ends[i]])
+    }
+}
+
+#[cfg(test)]
+mod tests;
