@@ -1,1 +1,12 @@
-//! app (being written).
+//! The use-cases: one function a verb, without clap, printing or the environment.
+//!
+//! A use-case takes plain options and a [`Context`] (progress, interrupt flag, seed, device) and
+//! returns a result object that `cli` prints as a table or as JSON. Whoever embeds the library
+//! calls these functions.
+
+pub mod context;
+pub mod progress;
+pub mod schemas;
+
+pub use context::Context;
+pub use progress::{Progress, Silent, Stage};

@@ -1,1 +1,9 @@
-//! report (being written).
+//! What a run leaves for people: statistics, the event log, pictures, curves, the HTML report.
+//!
+//! Everything here turns numbers into text or bytes; files are named by `app`.
+
+pub mod events;
+pub mod statistics;
+
+pub use events::{Event, EventLog, read_events};
+pub use statistics::{Estimate, mean_with_ci, paired_difference};

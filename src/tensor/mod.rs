@@ -3,10 +3,12 @@
 //! Nothing here knows of ONNX, files or methods. Kernels take plain row-major slices (NCHW for
 //! images) so that the frozen plan (`graph`) and the tape share them.
 
+pub mod device;
 pub mod images;
 pub mod kernels;
 pub mod rng;
 pub mod tape;
 
+pub use device::Device;
 pub use images::Images;
 pub use rng::RngStream;

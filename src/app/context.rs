@@ -1,0 +1,51 @@
+//! What every use-case is given beside its own options.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::progress::{Progress, Silent};
+use crate::error::{Error, Result};
+use crate::tensor::Device;
+
+/// The surroundings of a use-case. Work is spread over rayon's current pool, whose size never
+/// changes a result.
+#[derive(Clone)]
+pub struct Context {
+    /// Where progress goes.
+    pub progress: Arc<dyn Progress>,
+    /// Set by SIGINT or SIGTERM: finish the step, write a checkpoint, stop.
+    pub interrupt: Arc<AtomicBool>,
+    /// The seed of all randomness.
+    pub seed: u64,
+    /// Where to compute.
+    pub device: Device,
+    /// The ONNX Runtime library the user named, if any.
+    pub ort_library: Option<PathBuf>,
+}
+
+impl Context {
+    /// A context without progress display, on the processor.
+    pub fn silent(seed: u64) -> Self {
+        Self {
+            progress: Arc::new(Silent),
+            interrupt: Arc::new(AtomicBool::new(false)),
+            seed,
+            device: Device::Cpu,
+            ort_library: None,
+        }
+    }
+
+    /// Whether the user asked to stop.
+    pub fn is_interrupted(&self) -> bool {
+        self.interrupt.load(Ordering::Relaxed)
+    }
+
+    /// Stops work that has nothing to save.
+    ///
+    /// # Errors
+    /// [`Error::interrupted`] once the user asked to stop.
+    pub fn check_interrupt(&self) -> Result<()> {
+        if self.is_interrupted() { Err(Error::interrupted()) } else { Ok(()) }
+    }
+}

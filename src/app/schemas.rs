@@ -1,0 +1,27 @@
+//! The JSON schemas of everything serialized, made from the Rust types.
+//!
+//! The files under `schemas/` are these; a test holds them current (`UPDATE_SCHEMAS=1` rewrites).
+
+use schemars::{JsonSchema, Schema, generate::SchemaSettings};
+
+use crate::error::{Error, Result};
+use crate::report::Event;
+
+/// Every schema with its name; the file is `schemas/NAME.schema.json`.
+pub fn all() -> Vec<(&'static str, Schema)> {
+    vec![("event", schema_of::<Event>())]
+}
+
+fn schema_of<T: JsonSchema>() -> Schema {
+    SchemaSettings::draft2020_12().into_generator().into_root_schema_for::<T>()
+}
+
+/// The schema as the text of its file.
+///
+/// # Errors
+/// Never for a schema made by [`all`].
+pub fn to_text(schema: &Schema) -> Result<String> {
+    serde_json::to_string_pretty(schema)
+        .map(|text| text + "\n")
+        .map_err(|error| Error::internal(format!("cannot print a schema: `{error}`")))
+}

@@ -1,0 +1,60 @@
+//! What can be typed. Nothing is done here; names, flags and help texts are public.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, Parser, Subcommand};
+
+use super::verbs;
+use crate::tensor::Device;
+
+/// Turns a folder of pre-trained ONNX classifiers into one few-shot learner, without their
+/// training data.
+#[derive(Debug, Parser)]
+#[command(name = "metazoa", version, about, max_term_width = 100, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    /// Flags of every verb.
+    #[command(flatten)]
+    pub(crate) global: GlobalArgs,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Print the JSON schemas of the files and results
+    Schema(verbs::schema::SchemaArgs),
+    /// Print shell completions
+    Completions(verbs::completions::CompletionsArgs),
+}
+
+/// Flags that every verb takes.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Global options")]
+pub(crate) struct GlobalArgs {
+    /// Print one JSON object on stdout instead of a table
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Seed of all randomness: same seed, same bytes [default: 0]
+    #[arg(long, global = true, env = "METAZOA_SEED", hide_env = true)]
+    pub(crate) seed: Option<u64>,
+    /// Worker threads; never changes a result [default: all cores]
+    #[arg(long, global = true, value_name = "N", env = "METAZOA_JOBS", hide_env = true)]
+    pub(crate) jobs: Option<std::num::NonZeroUsize>,
+    /// Where to compute: cpu, cuda or cuda:INDEX [default: cpu]
+    #[arg(long, global = true, env = "METAZOA_DEVICE", hide_env = true)]
+    pub(crate) device: Option<Device>,
+    /// The ONNX Runtime library to load (else ORT_DYLIB_PATH, the cache of `setup`, Python's)
+    #[arg(long, global = true, value_name = "FILE", env = "ORT_DYLIB_PATH", hide_env = true)]
+    pub(crate) ort_lib: Option<PathBuf>,
+    /// Say nothing but errors
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub(crate) quiet: bool,
+    /// Say more (-vv: everything)
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub(crate) verbose: u8,
+    /// Draw no progress bars
+    #[arg(long, global = true)]
+    pub(crate) no_progress: bool,
+}

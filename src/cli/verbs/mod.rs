@@ -1,0 +1,4 @@
+//! One file a verb: its arguments and the call of its use-case.
+
+pub(crate) mod completions;
+pub(crate) mod schema;

@@ -1,0 +1,211 @@
+//! ImageFolder: `ROOT/CLASS/*.png`, or `ROOT/SPLIT/CLASS/*.png` with splits such as `meta_test`.
+//!
+//! Classes and files are taken in byte order of their names. What cannot be decoded is rejected
+//! with its reason; the rest is read in parallel.
+
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use walkdir::WalkDir;
+
+use super::decode::read_picture;
+use super::resize::resize_bilinear;
+use super::set::ImageSet;
+use crate::error::{Error, Result, ResultExt};
+use crate::zoo::Rejection;
+
+/// Extensions that are read, lower case.
+const READ: [&str; 3] = ["png", "jpg", "jpeg"];
+/// Extensions of pictures that are not read: named as rejected rather than passed over.
+const NOT_READ: [&str; 7] = ["gif", "bmp", "webp", "tif", "tiff", "avif", "ppm"];
+/// How deep below a class folder pictures are looked for.
+const DEPTH: usize = 4;
+
+/// The files of one class.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClassFiles {
+    /// The folder's name.
+    pub name: String,
+    /// Its pictures in byte order of their paths.
+    pub files: Vec<PathBuf>,
+}
+
+/// A folder of classes, listed but not yet read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageFolder {
+    /// The folder that holds the class folders.
+    pub root: PathBuf,
+    /// The split's folder name; empty when the folder has no splits.
+    pub split: String,
+    /// The classes in byte order of their names.
+    pub classes: Vec<ClassFiles>,
+}
+
+impl ImageFolder {
+    /// Lists `root`, or its `split`. `meta-test` and `test` also find `meta_test` and the like.
+    ///
+    /// # Errors
+    /// When the folder cannot be read, holds no pictures, has splits and none (or an unknown one) is
+    /// asked for.
+    pub fn open(root: &Path, split: Option<&str>) -> Result<Self> {
+        let children = folders(root).context(|| "cannot read the images".into())?;
+        let splits: Vec<&PathBuf> = children.iter().filter(|path| holds_classes(path)).collect();
+        let found = || {
+            let names: Vec<String> = splits.iter().map(|path| format!("`{}`", name(path))).collect();
+            names.join(", ")
+        };
+        let in_root = || format!("in `{}`", root.display());
+        let (folder, split) = match (split, splits.as_slice()) {
+            (None, []) => (root.to_path_buf(), String::new()),
+            (None, [only]) => ((*only).clone(), name(only)),
+            (None, _) => {
+                return Err(Error::input(format!("there are several splits: {}", found()))
+                    .context(format!("cannot choose the images {}", in_root()))
+                    .hint("choose one with `--split`"));
+            }
+            (Some(wanted), []) => {
+                let hint = "its folders are classes: leave out `--split`";
+                let error = Error::input(format!("no split {} is called `{wanted}`", in_root()));
+                return Err(if children.iter().any(|path| has_pictures(path)) {
+                    error.hint(hint)
+                } else {
+                    error.hint("expected FOLDER/SPLIT/CLASS/*.png")
+                });
+            }
+            (Some(wanted), _) => {
+                let path = pick_split(&splits, wanted).ok_or_else(|| {
+                    Error::input(format!("no split {} is called `{wanted}`", in_root()))
+                        .hint(format!("there are {}", found()))
+                })?;
+                (path.clone(), name(path))
+            }
+        };
+        let classes = list_classes(&folder)?;
+        if classes.is_empty() {
+            return Err(Error::input(format!("no class folders with pictures in `{}`", folder.display()))
+                .hint("expected FOLDER/CLASS/*.png (or .jpg), one folder a class"));
+        }
+        Ok(Self { root: folder, split, classes })
+    }
+
+    /// Reads every picture at `[height, width]`, in parallel. Classes stay even when all their
+    /// pictures are rejected, so that whoever needs them can name them.
+    ///
+    /// # Errors
+    /// Never for a bad picture: those are returned as rejections, in order.
+    pub fn load(&self, size: [usize; 2]) -> Result<(ImageSet, Vec<Rejection>)> {
+        let files: Vec<(usize, &PathBuf)> = self
+            .classes
+            .iter()
+            .enumerate()
+            .flat_map(|(class, files)| files.files.iter().map(move |file| (class, file)))
+            .collect();
+        let decoded: Vec<Result<Vec<u8>>> =
+            files.par_iter().map(|(_, file)| read_planes(file, size)).collect();
+        let mut bytes = Vec::with_capacity(decoded.len() * 3 * size[0] * size[1]);
+        let mut counts: Vec<(String, usize)> =
+            self.classes.iter().map(|class| (class.name.clone(), 0)).collect();
+        let mut rejected = Vec::new();
+        for ((class, file), planes) in files.into_iter().zip(decoded) {
+            match planes {
+                Ok(planes) => {
+                    bytes.extend_from_slice(&planes);
+                    counts[class].1 += 1;
+                }
+                Err(error) => rejected.push(Rejection {
+                    path: file.strip_prefix(&self.root).unwrap_or(file).display().to_string(),
+                    reason: error.to_string(),
+                    hint: error.hint_text().map(str::to_owned),
+                }),
+            }
+        }
+        Ok((ImageSet::new(size, bytes, &counts)?, rejected))
+    }
+}
+
+/// One file at `size`, channel-major.
+fn read_planes(file: &Path, size: [usize; 2]) -> Result<Vec<u8>> {
+    if !READ.contains(&extension(file).as_str()) {
+        return Err(Error::input(format!("not a PNG or JPEG: `.{}`", extension(file)))
+            .hint("convert it to PNG"));
+    }
+    let picture = resize_bilinear(read_picture(file)?, size[0], size[1]);
+    let mut planes = Vec::with_capacity(picture.rgb.len());
+    for channel in 0..3 {
+        planes.extend(picture.rgb.chunks_exact(3).map(|pixel| pixel[channel]));
+    }
+    Ok(planes)
+}
+
+/// The split called `wanted`, else the only one that means the same (`test` = `meta_test`).
+fn pick_split<'a>(splits: &[&'a PathBuf], wanted: &str) -> Option<&'a PathBuf> {
+    if let Some(exact) = splits.iter().find(|path| name(path) == wanted) {
+        return Some(exact);
+    }
+    let meaning = |text: &str| {
+        let text = text.to_lowercase().replace('-', "_");
+        let text = text.strip_prefix("meta_").unwrap_or(&text).to_owned();
+        if text == "valid" || text == "validation" { "val".to_owned() } else { text }
+    };
+    let mut same = splits.iter().filter(|path| meaning(&name(path)) == meaning(wanted));
+    let only = same.next()?;
+    same.next().is_none().then_some(*only)
+}
+
+/// The folders in `path` that are not hidden, in byte order.
+fn folders(path: &Path) -> Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(path).map_err(|error| Error::io(path, &error))?;
+    let mut folders = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(|error| Error::io(path, &error))?.path();
+        if entry.is_dir() && !name(&entry).starts_with('.') {
+            folders.push(entry);
+        }
+    }
+    folders.sort();
+    Ok(folders)
+}
+
+/// A split holds class folders, which hold pictures; a class folder has pictures of its own.
+fn holds_classes(path: &Path) -> bool {
+    !has_pictures(path) && folders(path).is_ok_and(|inner| inner.iter().any(|f| has_pictures(f)))
+}
+
+fn has_pictures(folder: &Path) -> bool {
+    let Ok(entries) = std::fs::read_dir(folder) else { return false };
+    entries.flatten().any(|entry| is_picture(&entry.path()))
+}
+
+fn list_classes(folder: &Path) -> Result<Vec<ClassFiles>> {
+    let mut classes = Vec::new();
+    for path in folders(folder)? {
+        let mut files: Vec<PathBuf> = WalkDir::new(&path)
+            .min_depth(1)
+            .max_depth(DEPTH)
+            .follow_links(true)
+            .into_iter()
+            .filter_map(Result::ok)
+            .filter(|entry| entry.file_type().is_file() && is_picture(entry.path()))
+            .map(walkdir::DirEntry::into_path)
+            .collect();
+        files.sort();
+        if !files.is_empty() {
+            classes.push(ClassFiles { name: name(&path), files });
+        }
+    }
+    Ok(classes)
+}
+
+fn is_picture(path: &Path) -> bool {
+    let extension = extension(path);
+    let known = READ.contains(&extension.as_str()) || NOT_READ.contains(&extension.as_str());
+    known && !name(path).starts_with('.')
+}
+
+fn extension(path: &Path) -> String {
+    path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default()
+}
+
+fn name(path: &Path) -> String {
+    path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+}
