@@ -10,7 +10,9 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
 use super::printer::Printer;
+use super::progress::Bars;
 use super::settings::{Decoration, Settings, Talk};
+use crate::app::Context;
 use crate::error::{Error, Result};
 
 /// First thing in `main`, while there is one thread.
@@ -59,7 +61,7 @@ pub(crate) fn start_threads(settings: &Settings) -> Result<()> {
 ///
 /// # Errors
 /// When the handler cannot be installed.
-pub(crate) fn watch_signals() -> Result<Arc<AtomicBool>> {
+fn watch_signals() -> Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
     let seen = Arc::clone(&flag);
     ctrlc::set_handler(move || {
@@ -76,6 +78,21 @@ pub(crate) fn watch_signals() -> Result<Arc<AtomicBool>> {
     })
     .map_err(|error| Error::internal(format!("cannot watch for signals: `{error}`")))?;
     Ok(flag)
+}
+
+/// The surroundings of a use-case: bars, signals, seed, device. For verbs that work long; the
+/// others leave signals as they are.
+///
+/// # Errors
+/// When the signal handler cannot be installed.
+pub(crate) fn context(settings: &Settings, printer: &Printer) -> Result<Context> {
+    Ok(Context {
+        progress: Arc::new(Bars::new(printer, settings.talk)),
+        interrupt: watch_signals()?,
+        seed: settings.seed.unwrap_or(0),
+        device: settings.device.unwrap_or_default(),
+        ort_library: settings.ort_library.clone(),
+    })
 }
 
 /// Sends log lines to stderr with -v; `RUST_LOG` refines.

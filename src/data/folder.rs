@@ -51,7 +51,8 @@ impl ImageFolder {
         let children = folders(root).context(|| "cannot read the images".into())?;
         let splits: Vec<&PathBuf> = children.iter().filter(|path| holds_classes(path)).collect();
         let found = || {
-            let names: Vec<String> = splits.iter().map(|path| format!("`{}`", name(path))).collect();
+            let names: Vec<String> =
+                splits.iter().map(|path| format!("`{}`", name(path))).collect();
             names.join(", ")
         };
         let in_root = || format!("in `{}`", root.display());
@@ -82,8 +83,11 @@ impl ImageFolder {
         };
         let classes = list_classes(&folder)?;
         if classes.is_empty() {
-            return Err(Error::input(format!("no class folders with pictures in `{}`", folder.display()))
-                .hint("expected FOLDER/CLASS/*.png (or .jpg), one folder a class"));
+            return Err(Error::input(format!(
+                "no class folders with pictures in `{}`",
+                folder.display()
+            ))
+            .hint("expected FOLDER/CLASS/*.png (or .jpg), one folder a class"));
         }
         Ok(Self { root: folder, split, classes })
     }

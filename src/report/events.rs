@@ -110,8 +110,11 @@ pub fn read_events(path: &Path) -> Result<Vec<Event>> {
             break;
         }
         let event = serde_json::from_slice(line).map_err(|error| {
-            Error::input(format!("not an event: `{error}`"))
-                .context(format!("`{}` line {}", path.display(), index + 1))
+            Error::input(format!("not an event: `{error}`")).context(format!(
+                "`{}` line {}",
+                path.display(),
+                index + 1
+            ))
         })?;
         events.push(event);
     }

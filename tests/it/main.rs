@@ -1,2 +1,6 @@
 //! One binary for all integration tests (one link, shared helpers).
 #![allow(clippy::unwrap_used, unused_crate_dependencies)]
+#![allow(clippy::print_stderr, unreachable_pub)]
+
+mod cli;
+mod support;
