@@ -3,8 +3,11 @@
 //! Each kernel's result is the same for any number of threads: work is split into disjoint output
 //! pieces, and sums over pieces are added in a fixed order.
 
+pub mod batch_norm;
+pub mod blocks;
 pub mod conv;
 pub mod element;
 pub mod gemm;
+pub mod map;
 
 pub use element::Element;

@@ -1,0 +1,142 @@
+//! Element-wise maps and sums over slices, split into fixed blocks.
+//!
+//! candle's element-wise operations run on one thread and its sums at 0.1 G elements a second
+//! (findings: design.md 3); these vectorise. Blocks have a fixed size, so a sum is the same for any
+//! number of threads.
+
+use rayon::prelude::*;
+
+use super::Element;
+
+/// Elements per task: 64 KiB of `f32`, well inside a second-level cache.
+const BLOCK: usize = 1 << 14;
+/// Partial sums kept apart so that the compiler can use vector registers.
+const LANES: usize = 16;
+
+/// `y = f(x)`.
+pub fn map<T: Element>(x: &[T], y: &mut [T], f: impl Fn(T) -> T + Sync + Send) {
+    y.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK)).for_each(|(y, x)| {
+        for (y, &x) in y.iter_mut().zip(x) {
+            *y = f(x);
+        }
+    });
+}
+
+/// `y = f(a, b)`.
+pub fn zip<T: Element>(a: &[T], b: &[T], y: &mut [T], f: impl Fn(T, T) -> T + Sync + Send) {
+    y.par_chunks_mut(BLOCK).zip(a.par_chunks(BLOCK)).zip(b.par_chunks(BLOCK)).for_each(
+        |((y, a), b)| {
+            for ((y, &a), &b) in y.iter_mut().zip(a).zip(b) {
+                *y = f(a, b);
+            }
+        },
+    );
+}
+
+/// Sum of a slice in a fixed order (16 interleaved partial sums).
+pub fn sum<T: Element>(x: &[T]) -> T {
+    let mut lanes = [T::ZERO; LANES];
+    let chunks = x.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (lane, &value) in lanes.iter_mut().zip(chunk) {
+            *lane += value;
+        }
+    }
+    for (lane, &value) in lanes.iter_mut().zip(rest) {
+        *lane += value;
+    }
+    fold(lanes)
+}
+
+/// Sum of `f(a, b)` over two slices in a fixed order.
+pub fn sum_zip<T: Element>(a: &[T], b: &[T], f: impl Fn(T, T) -> T) -> T {
+    let mut lanes = [T::ZERO; LANES];
+    let (left, right) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let (left_rest, right_rest) = (left.remainder(), right.remainder());
+    for (a, b) in left.zip(right) {
+        for ((lane, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
+            *lane += f(a, b);
+        }
+    }
+    for ((lane, &a), &b) in lanes.iter_mut().zip(left_rest).zip(right_rest) {
+        *lane += f(a, b);
+    }
+    fold(lanes)
+}
+
+fn fold<T: Element>(mut lanes: [T; LANES]) -> T {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            let other = lanes[i + width];
+            lanes[i] += other;
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// `y[outer, inner] = sum over r of x[outer, r, inner]`.
+pub fn sum_axis<T: Element>(x: &[T], reduced: usize, inner: usize, y: &mut [T]) {
+    if y.is_empty() {
+        return;
+    }
+    if reduced == 0 {
+        y.fill(T::ZERO);
+        return;
+    }
+    if inner == 1 {
+        if y.len() == 1 {
+            let parts: Vec<T> = x.par_chunks(BLOCK).map(sum).collect();
+            y[0] = sum(&parts);
+            return;
+        }
+        let rows = (BLOCK / reduced).max(1);
+        y.par_chunks_mut(rows).zip(x.par_chunks(rows * reduced)).for_each(|(y, x)| {
+            for (y, row) in y.iter_mut().zip(x.chunks_exact(reduced)) {
+                *y = sum(row);
+            }
+        });
+        return;
+    }
+    y.par_chunks_mut(inner).zip(x.par_chunks(inner * reduced)).for_each(|(y, x)| {
+        y.fill(T::ZERO);
+        for row in x.chunks_exact(inner) {
+            for (y, &value) in y.iter_mut().zip(row) {
+                *y += value;
+            }
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_of_any_length_are_exact_on_integers() {
+        for n in [0usize, 1, 15, 16, 17, 100, 40_000] {
+            let x: Vec<f64> = (0..n).map(|i| i as f64).collect();
+            let expected = (n * n.saturating_sub(1) / 2) as f64;
+            assert_eq!(sum(&x), expected);
+            assert_eq!(sum_zip(&x, &x, |a, b| a * b), x.iter().map(|v| v * v).sum::<f64>());
+            let mut y = [0.0];
+            sum_axis(&x, n, 1, &mut y);
+            assert_eq!(y[0], expected);
+        }
+    }
+
+    #[test]
+    fn sums_over_a_middle_axis() {
+        let x: Vec<f64> = (0..24).map(f64::from).collect();
+        let mut y = vec![0.0; 8];
+        sum_axis(&x, 3, 4, &mut y);
+        for outer in 0..2 {
+            for inner in 0..4 {
+                let expected: f64 = (0..3).map(|r| x[outer * 12 + r * 4 + inner]).sum();
+                assert_eq!(y[outer * 4 + inner], expected);
+            }
+        }
+    }
+}

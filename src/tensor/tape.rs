@@ -1,1 +1,0 @@
-//! The tape (helper TAPE writes it).

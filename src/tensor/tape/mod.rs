@@ -1,0 +1,212 @@
+//! Reverse-mode differentiation of any order over detached candle tensors.
+//!
+//! A [`Tape`] records what is computed from its leaves. Every rule of differentiation is written in
+//! recorded operations, so a gradient taken with [`Order::Higher`] can be differentiated again, with
+//! respect to any recorded tensor: parameters, images or fast weights. With [`Order::First`] the same
+//! rules run on constants and leave nothing behind, and the large operations use fused kernels.
+//! There is no recursion (chains of any length), no environment variable, and candle's own backward
+//! is never used: its pooling rule is wrong and its second order is silent about what it loses
+//! (design.md 3). On the CPU the work is done by [`crate::tensor::kernels`], elsewhere by candle.
+
+mod arithmetic;
+mod conv;
+mod grad;
+mod loss;
+mod matmul;
+mod norm;
+mod pool;
+mod reduce;
+mod shape;
+mod unary;
+mod value;
+
+use std::cell::RefCell;
+use std::fmt;
+use std::rc::Rc;
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::error::{Error, Result};
+
+pub use conv::ConvOptions;
+pub use grad::{Order, grad, vjp};
+pub use norm::{Activation, BatchStatistics};
+pub use reduce::KeepDims;
+
+/// A rule of differentiation: from the cotangent of an output to those of its inputs.
+trait Rule {
+    /// One cotangent an input; `None` where `step.needs` says that nobody asks for it.
+    fn vjp(&self, step: &Step<'_>) -> Result<Vec<Option<Var>>>;
+}
+
+/// What a [`Rule`] sees when an operation is differentiated.
+struct Step<'a> {
+    inputs: &'a [Var],
+    output: &'a Var,
+    cotangent: &'a Var,
+    needs: &'a [bool],
+    order: Order,
+}
+
+enum Source {
+    Recorded(usize),
+    Constant(Tensor),
+}
+
+struct Node {
+    value: Tensor,
+    inputs: Vec<Source>,
+    /// `None` for a leaf.
+    rule: Option<Rc<dyn Rule>>,
+}
+
+/// A recording of operations. Cheap to clone: clones are the same tape. Memory is given back when
+/// the last tape or variable of it is dropped.
+#[derive(Clone, Default)]
+pub struct Tape {
+    nodes: Rc<RefCell<Vec<Node>>>,
+}
+
+/// A tensor on a tape: recorded (a leaf or computed from one) or constant. Cheap to clone.
+#[derive(Clone)]
+pub struct Var {
+    tape: Tape,
+    id: Option<usize>,
+    value: Tensor,
+}
+
+impl Tape {
+    /// An empty tape.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A recorded variable that gradients can be taken with respect to.
+    pub fn leaf(&self, value: Tensor) -> Var {
+        let value = value.detach();
+        let id = self.push(Node { value: value.clone(), inputs: Vec::new(), rule: None });
+        Var { tape: self.clone(), id: Some(id), value }
+    }
+
+    /// A value that is not differentiated; what is computed from constants alone is not recorded.
+    pub fn constant(&self, value: Tensor) -> Var {
+        Var { tape: self.clone(), id: None, value: value.detach() }
+    }
+
+    /// Number of recorded operations and leaves.
+    pub fn len(&self) -> usize {
+        self.nodes.borrow().len()
+    }
+
+    /// Nothing recorded.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn push(&self, node: Node) -> usize {
+        let mut nodes = self.nodes.borrow_mut();
+        nodes.push(node);
+        nodes.len() - 1
+    }
+
+    fn is(&self, other: &Self) -> bool {
+        Rc::ptr_eq(&self.nodes, &other.nodes)
+    }
+
+    /// Puts the result of an operation on the tape, or makes it a constant when no input is recorded.
+    fn record(&self, inputs: &[&Var], value: Tensor, rule: impl Rule + 'static) -> Result<Var> {
+        if let Some(stranger) = inputs.iter().find(|var| !var.tape.is(self)) {
+            return Err(Error::internal(format!(
+                "operands lie on two tapes; the second has shape `{:?}`",
+                stranger.dims()
+            )));
+        }
+        if inputs.iter().all(|var| var.id.is_none()) {
+            return Ok(self.constant(value));
+        }
+        let inputs = inputs
+            .iter()
+            .map(|var| var.id.map_or_else(|| Source::Constant(var.value.clone()), Source::Recorded))
+            .collect();
+        let id = self.push(Node { value: value.clone(), inputs, rule: Some(Rc::new(rule)) });
+        Ok(Var { tape: self.clone(), id: Some(id), value })
+    }
+}
+
+impl Var {
+    /// The value.
+    pub fn value(&self) -> &Tensor {
+        &self.value
+    }
+
+    /// The tape it belongs to.
+    pub fn tape(&self) -> &Tape {
+        &self.tape
+    }
+
+    /// Dimensions.
+    pub fn dims(&self) -> &[usize] {
+        self.value.dims()
+    }
+
+    /// Number of elements.
+    pub fn elements(&self) -> usize {
+        self.value.elem_count()
+    }
+
+    /// Element type, `F32` or `F64`.
+    pub fn dtype(&self) -> DType {
+        self.value.dtype()
+    }
+
+    /// Where the value lives.
+    pub fn device(&self) -> &Device {
+        self.value.device()
+    }
+
+    /// The same value as a constant: gradients stop here.
+    #[must_use]
+    pub fn detach(&self) -> Self {
+        self.tape.constant(self.value.clone())
+    }
+
+    /// The only element.
+    ///
+    /// # Errors
+    /// When there is not exactly one element.
+    pub fn scalar(&self) -> Result<f64> {
+        if self.elements() != 1 {
+            return Err(Error::internal(format!(
+                "expected one element, got shape `{:?}`",
+                self.dims()
+            )));
+        }
+        Ok(self.value.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?[0])
+    }
+
+    /// The four dimensions of an image batch `[N, C, H, W]`.
+    fn dims4(&self) -> Result<[usize; 4]> {
+        self.dims().try_into().map_err(|_| {
+            Error::internal(format!("expected [N, C, H, W], got shape `{:?}`", self.dims()))
+        })
+    }
+
+    fn constant_like(&self, value: Tensor) -> Self {
+        self.tape.constant(value)
+    }
+}
+
+impl fmt::Debug for Var {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.id {
+            Some(id) => write!(f, "Var {id} {:?}", self.dims()),
+            None => write!(f, "constant {:?}", self.dims()),
+        }
+    }
+}
+
+impl fmt::Debug for Tape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tape of {}", self.len())
+    }
+}
