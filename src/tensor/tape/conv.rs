@@ -232,11 +232,8 @@ mod tests {
 
     fn noise(dims: &[usize], index: u64) -> Tensor {
         let n = dims.iter().product();
-        let values: Vec<f64> = RngStream::new(3, "conv", "", index)
-            .normals(n)
-            .into_iter()
-            .map(f64::from)
-            .collect();
+        let values: Vec<f64> =
+            RngStream::new(3, "conv", "", index).normals(n).into_iter().map(f64::from).collect();
         Tensor::from_vec(values, dims, &Device::Cpu).unwrap()
     }
 

@@ -113,13 +113,8 @@ fn walk(
         if !needs.contains(&true) {
             continue;
         }
-        let step = Step {
-            inputs: &inputs,
-            output: &output,
-            cotangent: &cotangent,
-            needs: &needs,
-            order,
-        };
+        let step =
+            Step { inputs: &inputs, output: &output, cotangent: &cotangent, needs: &needs, order };
         let gradients = rule.vjp(&step)?;
         for (input, gradient) in ids.into_iter().zip(gradients) {
             let (Some(input), Some(gradient)) = (input, gradient) else { continue };

@@ -241,9 +241,8 @@ impl Var {
         let centred = x.broadcast_sub(&mean)?;
         let variance = centred.sqr()?.mean_keepdim((0, 2, 3))?;
         let scale = (factor.value.reshape((1, c, 1, 1))? / (&variance + epsilon)?.sqrt()?)?;
-        let value = centred
-            .broadcast_mul(&scale)?
-            .broadcast_add(&offset.value.reshape((1, c, 1, 1))?)?;
+        let value =
+            centred.broadcast_mul(&scale)?.broadcast_add(&offset.value.reshape((1, c, 1, 1))?)?;
         let numbers = |t: &Tensor| -> Result<Vec<f64>> {
             Ok(t.flatten_all()?.to_dtype(candle_core::DType::F64)?.to_vec1()?)
         };
@@ -277,7 +276,8 @@ impl Var {
             )?
         } else {
             let vector = |v: &Self| v.value.reshape((1, dims[1], 1, 1));
-            let value = self.value.broadcast_mul(&vector(scale)?)?.broadcast_add(&vector(shift)?)?;
+            let value =
+                self.value.broadcast_mul(&vector(scale)?)?.broadcast_add(&vector(shift)?)?;
             if activation == Activation::Relu { value.relu()? } else { value }
         };
         self.tape.record(&[self, scale, shift], value, ChannelAffine(activation))

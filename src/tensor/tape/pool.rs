@@ -201,7 +201,9 @@ impl Var {
     fn pool_shape(&self, side: usize) -> Result<Shape> {
         let large = self.dims4()?;
         if !(1..=15).contains(&side) || large[2] < side || large[3] < side {
-            return Err(Error::internal(format!("pooling of {large:?} in blocks of side `{side}`")));
+            return Err(Error::internal(format!(
+                "pooling of {large:?} in blocks of side `{side}`"
+            )));
         }
         Ok(Shape { large, side })
     }
