@@ -4,9 +4,14 @@
 //! remote ones estimate gradients from counted queries. Methods see only `&dyn Teacher`.
 
 pub mod adapter;
+pub mod black;
 pub mod budget;
+pub mod library;
+pub mod runtime;
+pub mod session;
 pub mod teacher;
 pub mod zero_order;
 
 pub use adapter::Adapter;
+pub use black::{BlackOptions, BlackTeacher};
 pub use teacher::{ImageGradient, LogitsLoss, Objective, Teacher};

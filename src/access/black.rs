@@ -1,0 +1,307 @@
+//! A teacher that can only be asked: a model run by ONNX Runtime, its gradient estimated from queries.
+//!
+//! Invariants: no weight and no graph gradient ever leaves this file, and every answer is paid from the
+//! [`QueryBudget`] before it is given. Each worker thread uses a session of its own; batches are cut the
+//! same way whatever the number of threads, so results do not depend on it.
+
+use std::sync::{Mutex, PoisonError};
+
+use half::f16;
+use rayon::prelude::*;
+
+use super::Adapter;
+use super::budget::QueryBudget;
+use super::runtime::Runtime;
+use super::session::{Session, Tensor, Values};
+use super::teacher::{ImageGradient, Objective, Teacher};
+use super::zero_order::{ZeroOrder, estimate_gradient};
+use crate::error::{Error, Result, ResultExt};
+use crate::tensor::{Images, RngStream};
+use crate::zoo::{BatchDimension, ElementType, ModelSpec, OutputKind};
+
+/// Probability below which a logarithm is cut off: the smallest normal `f32` (`ln` = -87.3).
+const PROBABILITY_FLOOR: f32 = f32::MIN_POSITIVE;
+
+/// Probability that a teacher which returns labels only is taken to leave for all other classes together.
+const LABEL_DOUBT: f32 = 1e-3;
+
+/// How a black-box teacher is asked.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BlackOptions {
+    /// The gradient estimate.
+    pub zero_order: ZeroOrder,
+    /// Images per run of a model whose batch is free; the sidecar's `max_batch_size` may lower it.
+    pub batch: usize,
+    /// Queries already spent on it (a resumed run).
+    pub spent: u64,
+}
+
+/// A model behind ONNX Runtime.
+#[derive(Debug)]
+pub struct BlackTeacher {
+    spec: ModelSpec,
+    adapter: Adapter,
+    runtime: &'static Runtime,
+    /// Sessions not in use; a worker that finds none opens one more.
+    idle: Mutex<Vec<Session>>,
+    budget: QueryBudget,
+    options: BlackOptions,
+    /// Axes of the image input: 4, or 2 for models that take flattened images.
+    rank: usize,
+}
+
+impl BlackTeacher {
+    /// Opens the model of `spec`. The file must have passed a [`probe`](super::probe).
+    ///
+    /// # Errors
+    /// When the file cannot be opened or does not have the input and output that `spec` names.
+    pub fn open(spec: ModelSpec, runtime: &'static Runtime, options: BlackOptions) -> Result<Self> {
+        let at = || format!("model `{}`", spec.path.display());
+        if options.batch == 0 {
+            return Err(Error::usage("a batch needs at least `1` image"));
+        }
+        let adapter = Adapter::new(&spec.preprocess).context(at)?;
+        let session = runtime.open(&spec.path).context(at)?;
+        let rank = check_ports(&session, &spec).context(at)?;
+        let budget = QueryBudget::resumed(spec.query_budget, options.spent);
+        let idle = Mutex::new(vec![session]);
+        Ok(Self { spec, adapter, runtime, idle, budget, options, rank })
+    }
+
+    /// The query counter.
+    pub fn budget(&self) -> &QueryBudget {
+        &self.budget
+    }
+
+    /// The estimator in use: steps on a `uint8` input are made long enough to change pixels by a level
+    /// (rounding hides shorter ones).
+    pub fn zero_order(&self, images: &Images) -> ZeroOrder {
+        let config = self.options.zero_order;
+        let level = f64::from(self.adapter.quantum()) * (images.stride() as f64).sqrt();
+        ZeroOrder { radius: config.radius.max(level), ..config }
+    }
+
+    /// Images per run, and whether an image fills the run alone.
+    fn batching(&self) -> (usize, Company) {
+        let company = if self.spec.batch_dependent { Company::Alone } else { Company::Others };
+        let size = match (self.spec.batch, company) {
+            (BatchDimension::Fixed(size), _) => size.max(1),
+            (BatchDimension::Free, Company::Alone) => 1,
+            (BatchDimension::Free, Company::Others) => {
+                self.options.batch.min(self.spec.max_batch_size.unwrap_or(usize::MAX)).max(1)
+            }
+        };
+        (size, company)
+    }
+
+    /// Log-scores of `images`, not counted.
+    fn ask(&self, images: &Images) -> Result<Vec<f32>> {
+        let (size, company) = self.batching();
+        let step = if company == Company::Alone { 1 } else { size };
+        let runs: Vec<Vec<f32>> = (0..images.len().div_ceil(step))
+            .into_par_iter()
+            .map(|run| {
+                let end = ((run + 1) * step).min(images.len());
+                self.run(&images.range(run * step, end), size)
+            })
+            .collect::<Result<_>>()
+            .context(|| format!("model `{}`", self.spec.path.display()))?;
+        Ok(runs.concat())
+    }
+
+    /// One run of the model on at most `size` images.
+    fn run(&self, images: &Images, size: usize) -> Result<Vec<f32>> {
+        let n = images.len();
+        let mut values = self.adapter.forward(images)?;
+        let mut filled = n;
+        if let BatchDimension::Fixed(_) = self.spec.batch {
+            // The run needs exactly `size` images: the last one fills it up. The answers for the filling
+            // are thrown away, so they are no queries.
+            let stride = values.len() / n;
+            let last = values[values.len() - stride..].to_vec();
+            (n..size).for_each(|_| values.extend_from_slice(&last));
+            filled = size;
+        }
+        let mut shape = self.adapter.input_shape(filled).to_vec();
+        if self.rank == 2 {
+            shape = vec![filled, values.len() / filled];
+        }
+        let input = Tensor { shape, values: pack(values, self.spec.preprocess.dtype) };
+        let mut session = self.take_session()?;
+        let answer = session
+            .run(vec![(self.spec.input_name.as_str(), input)], &[self.spec.logits_output.as_str()]);
+        // A session that failed once is still sound: ONNX Runtime keeps no state between runs.
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(session);
+        let answer = answer?.pop().ok_or_else(|| Error::internal("the run gave `0` outputs"))?;
+        self.read(&answer, filled, n)
+    }
+
+    fn take_session(&self) -> Result<Session> {
+        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        idle.map_or_else(|| self.runtime.open(&self.spec.path), Ok)
+    }
+
+    /// Log-scores of the first `n` of `filled` images from what the model gave.
+    fn read(&self, answer: &Tensor, filled: usize, n: usize) -> Result<Vec<f32>> {
+        let classes = self.spec.classes;
+        let raw = answer.values.to_f32();
+        let per_image = if self.spec.output_kind == OutputKind::Labels { 1 } else { classes };
+        if raw.len() != filled * per_image {
+            return Err(Error::input(format!(
+                "output `{}` of shape {:?} does not give {per_image} values for each of {filled} images",
+                self.spec.logits_output, answer.shape
+            ))
+            .hint("check `logits_output`, `output_kind` and `id2label` in the model's sidecar"));
+        }
+        let raw = &raw[..n * per_image];
+        if raw.iter().any(|value| value.is_nan()) {
+            return Err(Error::input(format!(
+                "output `{}` is not a number",
+                self.spec.logits_output
+            )));
+        }
+        match self.spec.output_kind {
+            OutputKind::Logits if raw.iter().any(|value| value.is_infinite()) => {
+                Err(Error::input(format!("output `{}` is infinite", self.spec.logits_output)))
+            }
+            OutputKind::Logits => Ok(raw.to_vec()),
+            OutputKind::LogProbabilities => {
+                Ok(raw.iter().map(|value| value.max(PROBABILITY_FLOOR.ln())).collect())
+            }
+            OutputKind::Probabilities => {
+                Ok(raw.iter().map(|value| value.max(PROBABILITY_FLOOR).ln()).collect())
+            }
+            OutputKind::Labels => labels_to_log_scores(raw, classes),
+        }
+    }
+}
+
+/// Whether images of one run may be different ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Company {
+    Alone,
+    Others,
+}
+
+impl Teacher for BlackTeacher {
+    fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// Log-scores: logits as they are, log-probabilities cut off at -87.3, logarithms of probabilities
+    /// likewise, for labels-only models `ln(0.999)` for the label and `ln(0.001 / (classes - 1))` else.
+    fn logits(&self, images: &Images) -> Result<Vec<f32>> {
+        self.budget.spend(images.len() as u64)?;
+        self.ask(images)
+    }
+
+    /// Costs `n` queries for the images and [`ZeroOrder::queries`] for the directions, taken at once.
+    fn image_gradient(
+        &self,
+        images: &Images,
+        objective: &Objective<'_>,
+        rng: &mut RngStream,
+    ) -> Result<ImageGradient> {
+        let n = images.len();
+        let config = self.zero_order(images);
+        self.budget.spend(n as u64 + config.queries(n))?;
+        let logits = self.ask(images)?;
+        let values = self.losses(&logits, objective, &(0..n).collect::<Vec<_>>());
+        let loss = |moved: &Images, owners: &[usize]| {
+            Ok(self.losses(&self.ask(moved)?, objective, owners))
+        };
+        let mut gradient = estimate_gradient(images, &values, &config, rng, &loss)
+            .context(|| format!("model `{}`", self.spec.path.display()))?;
+        // The objective is the mean over the batch.
+        let share = 1.0 / n.max(1) as f32;
+        gradient.data_mut().iter_mut().for_each(|value| *value *= share);
+        let logits_loss = values.iter().sum::<f64>() / n.max(1) as f64;
+        Ok(ImageGradient { gradient, logits_loss, statistics_loss: 0.0, logits })
+    }
+
+    fn queries(&self) -> u64 {
+        self.budget.spent()
+    }
+}
+
+impl BlackTeacher {
+    fn losses(&self, logits: &[f32], objective: &Objective<'_>, owners: &[usize]) -> Vec<f64> {
+        let rows = logits.chunks_exact(self.spec.classes.max(1));
+        owners.iter().zip(rows).map(|(&owner, row)| objective.logits.value(owner, row)).collect()
+    }
+}
+
+/// Checks the names in `spec` against the model; the rank of the image input.
+fn check_ports(session: &Session, spec: &ModelSpec) -> Result<usize> {
+    let names = |ports: &[super::session::Port]| {
+        ports.iter().map(|port| port.name.clone()).collect::<Vec<_>>().join("`, `")
+    };
+    let Some(input) = session.inputs().iter().find(|port| port.name == spec.input_name) else {
+        return Err(Error::input(format!(
+            "the model has no input `{}`; it has `{}`",
+            spec.input_name,
+            names(session.inputs())
+        )));
+    };
+    if session.inputs().len() > 1 {
+        return Err(Error::unsupported(format!(
+            "the model needs more inputs than one image: `{}`",
+            names(session.inputs())
+        )));
+    }
+    if !session.outputs().iter().any(|port| port.name == spec.logits_output) {
+        return Err(Error::input(format!(
+            "the model has no output `{}`; it has `{}`",
+            spec.logits_output,
+            names(session.outputs())
+        ))
+        .hint("set `logits_output` in the model's sidecar"));
+    }
+    match input.dims.len() {
+        rank @ (2 | 4) => Ok(rank),
+        0 => Ok(4),
+        rank => Err(Error::unsupported(format!("an image input of `{rank}` axes"))),
+    }
+}
+
+/// Input values in the element type the model declares.
+fn pack(values: Vec<f32>, dtype: ElementType) -> Values {
+    match dtype {
+        ElementType::Float32 => Values::F32(values),
+        ElementType::Float16 => Values::F16(values.into_iter().map(f16::from_f32).collect()),
+        ElementType::Float64 => Values::F64(values.into_iter().map(f64::from).collect()),
+        ElementType::Uint8 => Values::U8(values.into_iter().map(|value| value as u8).collect()),
+    }
+}
+
+/// One row of log-scores a label: nearly sure of it, the doubt shared by the others.
+fn labels_to_log_scores(labels: &[f32], classes: usize) -> Result<Vec<f32>> {
+    let others = (LABEL_DOUBT / classes.saturating_sub(1).max(1) as f32).ln();
+    let mut scores = vec![others; labels.len() * classes];
+    for (row, &label) in scores.chunks_exact_mut(classes.max(1)).zip(labels) {
+        let known = label >= 0.0 && label.fract() == 0.0;
+        match row.get_mut(label as usize).filter(|_| known) {
+            Some(score) => *score = (1.0 - LABEL_DOUBT).ln(),
+            None => return Err(Error::input(format!("a label outside 0..{classes} `{label}`"))),
+        }
+    }
+    Ok(scores)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_become_log_scores_that_sum_to_one() {
+        let scores = labels_to_log_scores(&[2.0, 0.0], 4).unwrap();
+        for (row, label) in scores.chunks(4).zip([2, 0]) {
+            let total: f32 = row.iter().map(|score| score.exp()).sum();
+            assert!((total - 1.0).abs() < 1e-6);
+            assert!((row[label].exp() - 0.999).abs() < 1e-6);
+        }
+        for bad in [-1.0, 4.0, 1.5, f32::NAN] {
+            assert!(labels_to_log_scores(&[bad], 4).is_err(), "{bad}");
+        }
+    }
+}
