@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
+use metazoa::access::library::RuntimeOptions;
+use metazoa::access::runtime::Runtime;
 use tempfile::TempDir;
 
 /// A folder that is removed after the test.
@@ -50,4 +52,30 @@ pub(crate) fn shared(path: &str) -> Option<PathBuf> {
     }
     eprintln!("SKIPPED: ../shared not here (wanted `{path}`)");
     None
+}
+
+/// metazoa's cache for the tests: `METAZOA_ORT_DIR`, else where `metazoa setup` puts things.
+pub(crate) fn cache_dir() -> PathBuf {
+    let from = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    if let Some(folder) = from("METAZOA_ORT_DIR") {
+        return folder.into();
+    }
+    let base = from("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| from("HOME").map(|home| Path::new(&home).join(".cache")));
+    base.expect("HOME is set").join("metazoa")
+}
+
+/// Where ONNX Runtime is looked for: as the command does.
+pub(crate) fn runtime_options() -> RuntimeOptions {
+    let named = std::env::var_os("ORT_DYLIB_PATH").filter(|value| !value.is_empty());
+    RuntimeOptions { library: named.map(PathBuf::from), ..RuntimeOptions::new(cache_dir()) }
+}
+
+/// ONNX Runtime, loaded. Fails (never skips) where it is not installed.
+pub(crate) fn runtime() -> &'static Runtime {
+    match Runtime::load(&runtime_options()) {
+        Ok(runtime) => runtime,
+        Err(error) => panic!("{error} (hint: {})", error.hint_text().unwrap_or("none")),
+    }
 }
