@@ -1,1 +1,2 @@
 //! meta (being written).
+pub mod export;

@@ -16,8 +16,8 @@ use crate::graph::Graph;
 
 /// Newest standard operator set that is read; ONNX Runtime 1.31 stops there too.
 pub const MAX_OPSET: i64 = 26;
-/// Newest version of the file format that is read.
-pub const MAX_IR_VERSION: i64 = 14;
+/// Newest version of the file format that is read; ONNX Runtime 1.31 stops there too.
+pub const MAX_IR_VERSION: i64 = 13;
 
 /// A model as read from a file: its graph and what the file says about itself.
 #[derive(Debug, Clone, PartialEq)]
