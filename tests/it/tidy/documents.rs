@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::support::{run_in, temp_dir};
+
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
@@ -68,6 +70,20 @@ fn the_readme_names_only_tasks_and_examples_that_exist() {
         if let Some(place) = words.iter().position(|word| *word == "--example") {
             let example = root().join("examples").join(format!("{}.rs", words[place + 1]));
             assert!(example.is_file(), "no example for `{command}`");
+        }
+    }
+}
+
+#[test]
+fn the_readme_names_only_verbs_and_flags_that_exist() {
+    let here = temp_dir();
+    for command in readme_commands() {
+        let words: Vec<&str> = command.split_whitespace().collect();
+        let ["metazoa", verb, arguments @ ..] = words.as_slice() else { continue };
+        let help = run_in(here.path(), &[verb, "--help"]);
+        assert_eq!(help.code, 0, "no verb for `{command}`: {}", help.stderr);
+        for flag in arguments.iter().filter(|word| word.starts_with("--")) {
+            assert!(help.stdout.contains(*flag), "no flag `{flag}` for `{command}`");
         }
     }
 }
