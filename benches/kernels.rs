@@ -1,0 +1,76 @@
+//! The kernels that the main job spends its time in, one thread, fixed data: `cargo bench`.
+//!
+//! Throughput is given in multiply-adds, so that a figure can be held against the processor's peak.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::hint::black_box;
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use metazoa::tensor::RngStream;
+use metazoa::tensor::kernels::conv::{
+    Conv2dGeometry, conv2d, conv2d_input_gradient, conv2d_weight_gradient,
+};
+
+/// Layers of the bundled models, batch 32.
+const LAYERS: [(&str, Conv2dGeometry); 4] = [
+    ("conv4 first, 3 to 32, 32x32", layer(3, 32, 32, 3, 1, 1)),
+    ("conv4 second, 32 to 32, 16x16", layer(32, 32, 16, 3, 1, 1)),
+    ("depthwise 48, 16x16", layer(48, 48, 16, 3, 1, 48)),
+    ("resnet10 stride 2, 48 to 96, 8x8", layer(48, 96, 8, 3, 2, 1)),
+];
+
+const fn layer(
+    in_channels: usize,
+    out_channels: usize,
+    size: usize,
+    kernel: usize,
+    stride: usize,
+    groups: usize,
+) -> Conv2dGeometry {
+    let pad = kernel / 2;
+    Conv2dGeometry {
+        batch: 32,
+        in_channels,
+        input: [size, size],
+        out_channels,
+        kernel: [kernel, kernel],
+        stride: [stride, stride],
+        dilation: [1, 1],
+        pads: [pad, pad, pad, pad],
+        groups,
+    }
+}
+
+fn normal(name: &str, n: usize) -> Vec<f32> {
+    RngStream::new(0, "bench", name, 0).normals(n)
+}
+
+fn convolutions(criterion: &mut Criterion) {
+    for (name, geometry) in LAYERS {
+        let [height, width] = geometry.output();
+        let outputs = geometry.batch * geometry.out_channels * height * width;
+        let window =
+            geometry.in_channels / geometry.groups * geometry.kernel[0] * geometry.kernel[1];
+        let inputs = geometry.batch * geometry.in_channels * geometry.input[0] * geometry.input[1];
+        let x = normal("x", inputs);
+        let w = normal("w", geometry.out_channels * window);
+        let dy = normal("dy", outputs);
+        let (mut y, mut dx, mut dw) = (dy.clone(), x.clone(), w.clone());
+
+        let mut group = criterion.benchmark_group(name);
+        group.throughput(Throughput::Elements((outputs * window) as u64)).sample_size(20);
+        group.bench_function("forward", |bencher| {
+            bencher.iter(|| conv2d(&geometry, black_box(&x), &w, None, &mut y));
+        });
+        group.bench_function("gradient to the input", |bencher| {
+            bencher.iter(|| conv2d_input_gradient(&geometry, black_box(&dy), &w, &mut dx, false));
+        });
+        group.bench_function("gradient to the weights", |bencher| {
+            bencher.iter(|| conv2d_weight_gradient(&geometry, black_box(&x), &dy, &mut dw));
+        });
+        group.finish();
+    }
+}
+
+criterion_group!(benches, convolutions);
+criterion_main!(benches);
