@@ -1,2 +1,20 @@
 //! meta (being written).
 pub mod export;
+//! The meta-model: backbone, few-shot rule, meta-training.
+//!
+//! A [`Backbone`] embeds images, [`protonet`] classifies queries by the distance to the class means,
+//! [`Trainer`] meta-trains on episodes drawn from any [`ClassSource`] (in a run: the bank of recovered
+//! images). Nothing here knows where images come from or how models are reached.
+
+pub mod augment;
+pub mod backbone;
+mod backbone_graph;
+pub mod episodes;
+pub mod protonet;
+pub mod train;
+
+pub use augment::{Augmentation, ColourMap, ShiftEdge};
+pub use backbone::{Backbone, BnMode};
+pub use episodes::{ClassSource, Episode, EpisodeSampler};
+pub use protonet::{Classification, classify};
+pub use train::{Iteration, Limits, Schedule, StopReason, TrainConfig, Trainer};

@@ -5,5 +5,5 @@
 mod black;
 mod cli;
 mod support;
-mod tidy;
 mod tape;
+mod tidy;

@@ -1,0 +1,180 @@
+//! Augmentation of episode images: random shifts and random colour maps, one draw an image.
+//!
+//! Colour matters here for a reason of its own: images recovered from one model share a colour
+//! style, and a learner trained on episodes that mix models would tell the models apart instead of
+//! the classes (27 / 37 % instead of 54 / 76 %, ../shared/data/README.md 3). A random colour map per
+//! image takes that shortcut away; it is prior knowledge that colour does not define the classes.
+
+use crate::tensor::RngStream;
+
+/// What comes in at the edge that a shift leaves empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ShiftEdge {
+    /// Mid grey (0.5), which the network's normalisation maps to 0.
+    Grey,
+    /// The nearest pixel of the image.
+    Nearest,
+}
+
+/// A random colour map: `x' = M x + b` on centred values (`x - 0.5`), with
+/// `M = identity * I + matrix * N(0, 1)` and `b = offset * N(0, 1)`; not clamped.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ColourMap {
+    /// Weight of the image's own colours.
+    pub identity: f32,
+    /// Standard deviation of the nine entries.
+    pub matrix: f32,
+    /// Standard deviation of the three offsets, in units of the pixel range.
+    pub offset: f32,
+}
+
+/// What is done to each image of an episode.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Augmentation {
+    /// Largest shift in pixels, each way.
+    pub shift: usize,
+    /// What a shift brings in.
+    pub edge: ShiftEdge,
+    /// Random colour map; `None` keeps colours.
+    pub colour: Option<ColourMap>,
+}
+
+/// The draw for one image.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Draw {
+    shift: [i64; 2],
+    edge: ShiftEdge,
+    colour: Option<([[f32; 3]; 3], [f32; 3])>,
+}
+
+impl Augmentation {
+    /// Draws what will be done to one image.
+    pub(super) fn draw(&self, rng: &mut RngStream) -> Draw {
+        let reach = self.shift as i64;
+        let shift = [rng.integer_in(-reach, reach), rng.integer_in(-reach, reach)];
+        let colour = self.colour.map(|map| {
+            let mut matrix = [[0.0; 3]; 3];
+            for (i, row) in matrix.iter_mut().enumerate() {
+                for (j, entry) in row.iter_mut().enumerate() {
+                    let own = if i == j { map.identity } else { 0.0 };
+                    *entry = own + map.matrix * rng.normal();
+                }
+            }
+            (matrix, std::array::from_fn(|_| map.offset * rng.normal()))
+        });
+        Draw { shift, edge: self.edge, colour }
+    }
+}
+
+impl Draw {
+    /// Writes the changed image; `input` and `output` are RGB `[3, height, width]`.
+    pub(super) fn apply(&self, input: &[f32], height: usize, width: usize, output: &mut [f32]) {
+        let plane = height * width;
+        for (source, target) in input.chunks_exact(plane).zip(output.chunks_exact_mut(plane)) {
+            for (row, target) in target.chunks_exact_mut(width).enumerate() {
+                let from = row as i64 - self.shift[0];
+                let inside = (0..height as i64).contains(&from);
+                if !inside && self.edge == ShiftEdge::Grey {
+                    target.fill(0.5);
+                    continue;
+                }
+                let from = from.clamp(0, height as i64 - 1) as usize;
+                self.shift_row(&source[from * width..][..width], target);
+            }
+        }
+        if let (Some((matrix, offset)), 3) = (self.colour, input.len() / plane.max(1)) {
+            let (red, rest) = output.split_at_mut(plane);
+            let (green, blue) = rest.split_at_mut(plane);
+            for ((r, g), b) in red.iter_mut().zip(green).zip(blue) {
+                let x = [*r - 0.5, *g - 0.5, *b - 0.5];
+                let mix = |i: usize| {
+                    let m = matrix[i];
+                    m[0] * x[0] + m[1] * x[1] + m[2] * x[2] + offset[i] + 0.5
+                };
+                (*r, *g, *b) = (mix(0), mix(1), mix(2));
+            }
+        }
+    }
+
+    fn shift_row(&self, source: &[f32], target: &mut [f32]) {
+        let width = source.len();
+        let by = self.shift[1].unsigned_abs() as usize;
+        let by = by.min(width);
+        let (left, right) = match self.edge {
+            ShiftEdge::Grey => (0.5, 0.5),
+            ShiftEdge::Nearest => (source[0], source[width - 1]),
+        };
+        if self.shift[1] >= 0 {
+            target[..by].fill(left);
+            target[by..].copy_from_slice(&source[..width - by]);
+        } else {
+            target[..width - by].copy_from_slice(&source[by..]);
+            target[width - by..].fill(right);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image() -> Vec<f32> {
+        (0..3 * 4 * 5).map(|v| v as f32 / 60.0).collect()
+    }
+
+    fn draw(shift: [i64; 2], edge: ShiftEdge) -> Draw {
+        Draw { shift, edge, colour: None }
+    }
+
+    #[test]
+    fn a_shift_moves_pixels_and_fills_the_edge() {
+        let x = image();
+        for dy in -5i64..=5 {
+            for dx in -6i64..=6 {
+                for edge in [ShiftEdge::Grey, ShiftEdge::Nearest] {
+                    let mut y = vec![f32::NAN; x.len()];
+                    draw([dy, dx], edge).apply(&x, 4, 5, &mut y);
+                    for (at, &value) in y.iter().enumerate() {
+                        let (c, row, column) = (at / 20, at / 5 % 4, at % 5);
+                        let (sr, sc) = (row as i64 - dy, column as i64 - dx);
+                        let inside = (0..4).contains(&sr) && (0..5).contains(&sc);
+                        let near = x[c * 20 + (sr.clamp(0, 3) * 5 + sc.clamp(0, 4)) as usize];
+                        let expected =
+                            if inside || edge == ShiftEdge::Nearest { near } else { 0.5 };
+                        assert_eq!(value, expected, "{dy} {dx} {edge:?} {at}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_colour_map_mixes_centred_channels() {
+        let x = image();
+        let matrix = [[0.0, 1.0, 0.0], [0.0, 0.0, -1.0], [0.5, 0.5, 0.0]];
+        let draw =
+            Draw { shift: [0, 0], edge: ShiftEdge::Grey, colour: Some((matrix, [0.1, 0.0, 0.0])) };
+        let mut y = vec![0.0; x.len()];
+        draw.apply(&x, 4, 5, &mut y);
+        for at in 0..20 {
+            let [r, g, b] = [x[at], x[20 + at], x[40 + at]];
+            assert!((y[at] - (g + 0.1)).abs() < 1e-6);
+            assert!((y[20 + at] - (1.0 - b)).abs() < 1e-6);
+            assert!((y[40 + at] - (r + g) / 2.0).abs() < 1e-6);
+        }
+    }
+
+    #[test]
+    fn the_same_stream_gives_the_same_draw() {
+        let colour = Some(ColourMap { identity: 0.5, matrix: 0.5, offset: 0.2 });
+        let augmentation = Augmentation { shift: 3, edge: ShiftEdge::Grey, colour };
+        let draws = |index| {
+            let mut rng = RngStream::new(1, "x", "", index);
+            (0..50).map(|_| augmentation.draw(&mut rng)).collect::<Vec<_>>()
+        };
+        assert_eq!(draws(0), draws(0));
+        assert_ne!(draws(0), draws(1));
+        assert!(draws(0).iter().any(|d| d.shift == [3, 3] || d.shift[0] == -3));
+        assert!(draws(0).iter().all(|d| d.shift.iter().all(|s| s.abs() <= 3)));
+    }
+}
