@@ -1,5 +1,3 @@
-//! meta (being written).
-pub mod export;
 //! The meta-model: backbone, few-shot rule, meta-training.
 //!
 //! A [`Backbone`] embeds images, [`protonet`] classifies queries by the distance to the class means,
@@ -10,6 +8,7 @@ pub mod augment;
 pub mod backbone;
 mod backbone_graph;
 pub mod episodes;
+pub mod export;
 pub mod protonet;
 pub mod train;
 
