@@ -5,8 +5,11 @@
 //! calls these functions.
 
 pub mod context;
+pub mod embedder;
+pub mod eval;
 pub mod progress;
 pub mod schemas;
 
 pub use context::Context;
+pub use embedder::{BatchNorm, Embedder};
 pub use progress::{Progress, Silent, Stage};

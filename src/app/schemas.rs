@@ -4,12 +4,16 @@
 
 use schemars::{JsonSchema, Schema, generate::SchemaSettings};
 
+use super::eval::EvalResult;
 use crate::error::{Error, Result};
 use crate::report::Event;
 
 /// Every schema with its name; the file is `schemas/NAME.schema.json`.
 pub fn all() -> Vec<(&'static str, Schema)> {
-    vec![("event", schema_of::<Event>())]
+    vec![
+        ("event", schema_of::<Event>()),
+        ("eval", schema_of::<EvalResult>()),
+    ]
 }
 
 fn schema_of<T: JsonSchema>() -> Schema {

@@ -73,7 +73,7 @@ impl EpisodeSampler {
         if let Some(worst) = short.iter().min_by_key(|class| class.range.len()) {
             let others = match short.len() - 1 {
                 0 => String::new(),
-                n => format!(" ({n} more classes are short too)"),
+                n => format!(" (and {n} more are short)"),
             };
             return Err(Error::input(format!(
                 "class `{}` has {} usable images, an episode needs {need}{others}",

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::Path;
 
+use metazoa::access::Teacher;
 use metazoa::access::black::{BlackOptions, BlackTeacher};
 use metazoa::access::zero_order::{Difference, ZeroOrder};
-use metazoa::access::Teacher;
 use metazoa::tensor::Images;
 use metazoa::zoo::{
     Access, BatchDimension, Color, ElementType, Layout, ModelSpec, OutputKind, Preprocess,

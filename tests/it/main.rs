@@ -4,6 +4,8 @@
 
 mod black;
 mod cli;
+mod data;
+mod pictures;
 mod support;
 mod tape;
 mod tidy;

@@ -16,7 +16,8 @@ pub(crate) fn temp_dir() -> TempDir {
 pub(crate) fn metazoa(directory: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_metazoa"));
     command.current_dir(directory).env("NO_COLOR", "1").env_remove("RUST_LOG");
-    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("METAZOA_")) {
+    let setting = |name: &str| name.starts_with("METAZOA_") && name != "METAZOA_ORT_DIR";
+    for (name, _) in std::env::vars().filter(|(name, _)| setting(name)) {
         command.env_remove(name);
     }
     command

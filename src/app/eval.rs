@@ -1,0 +1,339 @@
+//! Few-shot accuracy of a meta-model on real images, with baselines on the same episodes.
+//!
+//! The protocol of the field: N-way K-shot episodes, queries classified by the nearest class mean
+//! of the embeddings (ProtoNet), mean accuracy over the episodes with its 95 % interval. Episodes
+//! depend on the seed alone, so every model and baseline answers the same questions and gains have
+//! paired intervals.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use rayon::prelude::*;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::context::Context;
+use super::embedder::{BatchNorm, Embedder};
+use crate::data::{
+    Episode, EpisodeSampler, EpisodeShape, ImageFolder, ImageSet, nearest_neighbour,
+    nearest_prototype,
+};
+use crate::error::{Error, Result, ResultExt};
+use crate::report::{mean_with_ci, paired_difference};
+use crate::zoo::Rejection;
+
+/// Images embedded at once; fixed, so that results do not depend on the number of threads.
+const CHUNK: usize = 64;
+
+/// Which baselines are evaluated beside the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Baselines {
+    /// None.
+    Skip,
+    /// Nearest pixel neighbour, pixel prototype, and the untrained network where it is given.
+    All,
+}
+
+/// What to evaluate on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EvalOptions {
+    /// An ImageFolder.
+    pub data: PathBuf,
+    /// Its split.
+    pub split: Option<String>,
+    /// Size of the episodes.
+    pub shape: EpisodeShape,
+    /// How many.
+    pub episodes: u64,
+    /// Normalisation at test time.
+    pub batch_norm: BatchNorm,
+    /// Baselines on the same episodes.
+    pub baselines: Baselines,
+}
+
+/// The result of an evaluation; accuracies in 0..1.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct EvalResult {
+    /// Mean accuracy over the episodes.
+    pub accuracy: f64,
+    /// 1.96 s / sqrt(episodes), s with ddof 1.
+    pub ci95: f64,
+    /// Number of episodes.
+    pub episodes: u64,
+    /// Classes in an episode.
+    pub way: usize,
+    /// Support images a class.
+    pub shot: usize,
+    /// Query images a class.
+    pub query: usize,
+    /// Normalisation at test time.
+    pub bn: BatchNorm,
+    /// Seed of the episodes.
+    pub seed: u64,
+    /// Wall time.
+    pub seconds: f64,
+    /// The images.
+    pub data: PathBuf,
+    /// The split's folder; empty when there are none.
+    pub split: String,
+    /// Classes of the split.
+    pub classes: usize,
+    /// Usable images of the split.
+    pub images: usize,
+    /// Images that could not be read.
+    pub rejected: Vec<Rejection>,
+    /// What the same episodes give without the trained model.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub baselines: BTreeMap<String, BaselineResult>,
+}
+
+/// A baseline's accuracy, and what the model gains over it on the same episodes.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct BaselineResult {
+    /// Mean accuracy.
+    pub accuracy: f64,
+    /// Its 95 % interval.
+    pub ci95: f64,
+    /// Mean of (model - baseline) over the episodes.
+    pub gain: f64,
+    /// Paired 95 % interval of the gain.
+    pub gain_ci95: f64,
+}
+
+/// One episode's outcome: a line of `episodes.jsonl`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct EpisodeRow {
+    /// Its number; with seed and split it names the episode for ever.
+    pub episode: u64,
+    /// Names of its classes, in label order.
+    pub classes: Vec<String>,
+    /// Queries answered rightly.
+    pub correct: usize,
+    /// Queries.
+    pub queries: usize,
+    /// Right answers of each baseline.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub baselines: BTreeMap<String, usize>,
+}
+
+/// Evaluates `model`; `untrained` is the same network before training, for the baseline.
+///
+/// # Errors
+/// When the images cannot carry the episodes, the model fails, or the user interrupts.
+pub fn evaluate(
+    model: &dyn Embedder,
+    untrained: Option<&dyn Embedder>,
+    options: &EvalOptions,
+    context: &Context,
+) -> Result<(EvalResult, Vec<EpisodeRow>)> {
+    let start = Instant::now();
+    if options.episodes == 0 {
+        return Err(Error::usage("an evaluation needs at least one episode, got `0`"));
+    }
+    let folder = ImageFolder::open(&options.data, options.split.as_deref())?;
+    let (set, rejected) = folder.load(model.image_size())?;
+    for rejection in &rejected {
+        context
+            .progress
+            .note(&format!("image `{}` left out: {}", rejection.path, rejection.reason));
+    }
+    let sampler = EpisodeSampler::new(&set, options.shape, context.seed, &folder.split)
+        .context(|| format!("cannot evaluate on `{}`", folder.root.display()))?;
+    let rows = run_episodes(&Contest::new(model, untrained, options, &set, context)?, &sampler)?;
+    let EpisodeShape { way, shot, query } = options.shape;
+    let accuracies: Vec<f64> = rows.iter().map(|row| share(row.correct, row)).collect();
+    let estimate = mean_with_ci(&accuracies);
+    let result = EvalResult {
+        accuracy: estimate.accuracy,
+        ci95: estimate.ci95,
+        episodes: options.episodes,
+        way,
+        shot,
+        query,
+        bn: options.batch_norm,
+        seed: context.seed,
+        seconds: start.elapsed().as_secs_f64(),
+        data: options.data.clone(),
+        split: folder.split,
+        classes: set.classes().len(),
+        images: set.len(),
+        rejected,
+        baselines: baseline_results(&rows, &accuracies),
+    };
+    Ok((result, rows))
+}
+
+/// The rows as the text of `episodes.jsonl`.
+///
+/// # Errors
+/// Never for rows made here.
+pub fn rows_to_jsonl(rows: &[EpisodeRow]) -> Result<String> {
+    let mut text = String::new();
+    for row in rows {
+        let line = serde_json::to_string(row)
+            .map_err(|error| Error::internal(format!("cannot write an episode: `{error}`")))?;
+        text.push_str(&line);
+        text.push('\n');
+    }
+    Ok(text)
+}
+
+/// One way to turn an episode's images into vectors.
+enum Features<'a> {
+    /// Computed once for the whole set: `[images, dim]`.
+    Table { values: Vec<f32>, dim: usize },
+    /// Computed for each episode from its support and query images together.
+    PerEpisode { model: &'a dyn Embedder },
+    /// The pixels themselves.
+    Pixels,
+}
+
+type Rule = fn(&[f32], &[f32], usize, usize) -> Vec<usize>;
+
+/// Everything that answers the same episodes: the model first, then the baselines.
+struct Contest<'a> {
+    model: Features<'a>,
+    baselines: Vec<(&'static str, Features<'a>, Rule)>,
+    set: &'a ImageSet,
+    context: &'a Context,
+    episodes: u64,
+}
+
+impl<'a> Contest<'a> {
+    fn new(
+        model: &'a dyn Embedder,
+        untrained: Option<&'a dyn Embedder>,
+        options: &EvalOptions,
+        set: &'a ImageSet,
+        context: &'a Context,
+    ) -> Result<Self> {
+        let features = |model: &'a dyn Embedder| match options.batch_norm {
+            BatchNorm::Inductive => {
+                let values = embed_all(model, set, context)?;
+                Ok::<_, Error>(Features::Table { values, dim: model.dim() })
+            }
+            BatchNorm::Transductive => Ok(Features::PerEpisode { model }),
+        };
+        let mut baselines: Vec<(&'static str, Features<'a>, Rule)> = Vec::new();
+        if options.baselines == Baselines::All {
+            if let Some(untrained) = untrained {
+                baselines.push(("untrained", features(untrained)?, nearest_prototype));
+            }
+            baselines.push(("pixel-nearest", Features::Pixels, nearest_neighbour));
+            baselines.push(("pixel-prototype", Features::Pixels, nearest_prototype));
+        }
+        Ok(Self { model: features(model)?, baselines, set, context, episodes: options.episodes })
+    }
+
+    fn answer(&self, episode: &Episode) -> Result<EpisodeRow> {
+        let correct = self.count(&self.model, nearest_prototype, episode)?;
+        let mut baselines = BTreeMap::new();
+        for (name, features, rule) in &self.baselines {
+            baselines.insert((*name).to_owned(), self.count(features, *rule, episode)?);
+        }
+        let classes = &episode.classes;
+        let name = |&class: &usize| self.set.classes()[class].name.clone();
+        Ok(EpisodeRow {
+            episode: episode.index,
+            classes: classes.iter().map(name).collect(),
+            correct,
+            queries: episode.query.len(),
+            baselines,
+        })
+    }
+
+    fn count(&self, features: &Features<'_>, rule: Rule, episode: &Episode) -> Result<usize> {
+        let (support, queries, dim) = self.vectors(features, episode)?;
+        if support.iter().chain(&queries).any(|value| !value.is_finite()) {
+            return Err(Error::internal(format!(
+                "the model gives infinite or undefined vectors in episode `{}`",
+                episode.index
+            ))
+            .hint("training has diverged: lower `meta.learning_rate`"));
+        }
+        let answers = rule(&support, &queries, dim, episode.classes.len());
+        let right = |(position, answer): &(usize, usize)| *answer == episode.query_label(*position);
+        Ok(answers.into_iter().enumerate().filter(right).count())
+    }
+
+    /// Support and query vectors and their length.
+    fn vectors(
+        &self,
+        features: &Features<'_>,
+        episode: &Episode,
+    ) -> Result<(Vec<f32>, Vec<f32>, usize)> {
+        let pixels = |indices: &[usize]| self.set.select(indices).into_data();
+        match features {
+            Features::Table { values, dim } => {
+                let gather = |indices: &[usize]| {
+                    indices.iter().flat_map(|&i| &values[i * dim..(i + 1) * dim]).copied().collect()
+                };
+                Ok((gather(&episode.support), gather(&episode.query), *dim))
+            }
+            Features::PerEpisode { model } => {
+                let together = [episode.support.as_slice(), &episode.query].concat();
+                let mut support =
+                    model.embed(&self.set.select(&together), BatchNorm::Transductive)?;
+                let queries = support.split_off(episode.support.len() * model.dim());
+                Ok((support, queries, model.dim()))
+            }
+            Features::Pixels => {
+                let [height, width] = self.set.size();
+                Ok((pixels(&episode.support), pixels(&episode.query), 3 * height * width))
+            }
+        }
+    }
+}
+
+/// Vectors of every image, in order.
+fn embed_all(model: &dyn Embedder, set: &ImageSet, context: &Context) -> Result<Vec<f32>> {
+    let stage = context.progress.stage("embed", Some(set.len() as u64));
+    let starts: Vec<usize> = (0..set.len()).step_by(CHUNK).collect();
+    let chunks: Vec<Vec<f32>> = starts
+        .into_par_iter()
+        .map(|start| {
+            context.check_interrupt()?;
+            let indices: Vec<usize> = (start..set.len().min(start + CHUNK)).collect();
+            let vectors = model.embed(&set.select(&indices), BatchNorm::Inductive)?;
+            stage.advance(indices.len() as u64);
+            Ok(vectors)
+        })
+        .collect::<Result<_>>()?;
+    Ok(chunks.concat())
+}
+
+fn run_episodes(contest: &Contest<'_>, sampler: &EpisodeSampler) -> Result<Vec<EpisodeRow>> {
+    let stage = contest.context.progress.stage("episodes", Some(contest.episodes));
+    (0..contest.episodes)
+        .into_par_iter()
+        .map(|index| {
+            contest.context.check_interrupt()?;
+            let row = contest.answer(&sampler.episode(index))?;
+            stage.advance(1);
+            Ok(row)
+        })
+        .collect()
+}
+
+fn share(correct: usize, row: &EpisodeRow) -> f64 {
+    correct as f64 / row.queries as f64
+}
+
+fn baseline_results(rows: &[EpisodeRow], model: &[f64]) -> BTreeMap<String, BaselineResult> {
+    let names = rows.first().map(|row| row.baselines.keys()).into_iter().flatten();
+    names
+        .map(|name| {
+            let correct = |row: &EpisodeRow| row.baselines.get(name).copied().unwrap_or_default();
+            let own: Vec<f64> = rows.iter().map(|row| share(correct(row), row)).collect();
+            let (estimate, gain) = (mean_with_ci(&own), paired_difference(model, &own));
+            let result = BaselineResult {
+                accuracy: estimate.accuracy,
+                ci95: estimate.ci95,
+                gain: gain.accuracy,
+                gain_ci95: gain.ci95,
+            };
+            (name.clone(), result)
+        })
+        .collect()
+}
