@@ -1,7 +1,20 @@
 //! 2-D convolution: forward, gradient to the input, gradient to the weights. NCHW, groups, any
 //! stride, dilation and (asymmetric) padding.
+//!
+//! Lowered to matrix products over tiles of output rows whose patch matrix stays in the second-level
+//! cache; depthwise layers go to `depthwise`. Images are split over rayon's threads; no sum is split
+//! by thread count, so results do not depend on it.
 
-use super::Element;
+use rayon::prelude::*;
+
+use super::depthwise;
+use super::gemm::{MatrixRef, gemm};
+use super::{Element, scratch};
+
+/// Elements of the patch matrix of one tile (512 KiB of `f32`).
+const TILE_ELEMENTS: usize = 128 * 1024;
+/// Images per partial sum of the weight gradient; fixed so that the sum's order is fixed.
+const WEIGHT_GRADIENT_IMAGES: usize = 8;
 
 /// The sizes of one convolution. All are in elements; pads are `[top, left, bottom, right]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,31 +49,446 @@ impl Conv2dGeometry {
         };
         [size(0), size(1)]
     }
+
+    /// Input values of one image.
+    pub fn input_stride(&self) -> usize {
+        self.in_channels * self.input[0] * self.input[1]
+    }
+
+    /// Output values of one image.
+    pub fn output_stride(&self) -> usize {
+        let [h, w] = self.output();
+        self.out_channels * h * w
+    }
+
+    /// Number of weights.
+    pub fn weights(&self) -> usize {
+        self.out_channels * self.patch()
+    }
+
+    /// Weights per output channel: rows of the patch matrix of one group.
+    fn patch(&self) -> usize {
+        self.in_channels / self.groups * self.kernel[0] * self.kernel[1]
+    }
+
+    fn is_depthwise(&self) -> bool {
+        self.groups > 1 && self.groups == self.in_channels && self.groups == self.out_channels
+    }
+
+    /// The convolution that maps an output gradient to the input gradient with rotated weights;
+    /// exists for stride 1 when no pad exceeds the kernel's reach.
+    fn backward_as_forward(&self) -> Option<Self> {
+        if self.stride != [1, 1] {
+            return None;
+        }
+        let reach = [0, 1].map(|axis| self.dilation[axis] * (self.kernel[axis] - 1));
+        let mut pads = [0; 4];
+        for (side, pad) in pads.iter_mut().enumerate() {
+            *pad = reach[side % 2].checked_sub(self.pads[side])?;
+        }
+        let reversed = Self {
+            in_channels: self.out_channels,
+            input: self.output(),
+            out_channels: self.in_channels,
+            pads,
+            ..*self
+        };
+        (reversed.output() == self.input).then_some(reversed)
+    }
 }
 
-/// `y = conv(x, w) + bias`; `x` [N,C,H,W], `w` [O,C/groups,kh,kw], `y` [N,O,Ho,Wo].
+/// How many images one task takes: all threads busy, tiles of small images still wide.
+fn images_per_task(batch: usize) -> usize {
+    batch.div_ceil(4 * rayon::current_num_threads()).clamp(1, 16)
+}
+
+/// `y = conv(x, w) + bias`; `x` [N,C,H,W], `w` [O,C/groups,kh,kw], `bias` [O], `y` [N,O,Ho,Wo].
+///
+/// # Panics
+/// When a slice does not have the size the geometry says (a defect of the caller).
 pub fn conv2d<T: Element>(
-    _g: &Conv2dGeometry,
-    _x: &[T],
-    _w: &[T],
-    _bias: Option<&[T]>,
-    _y: &mut [T],
+    g: &Conv2dGeometry,
+    x: &[T],
+    w: &[T],
+    bias: Option<&[T]>,
+    y: &mut [T],
 ) {
-    todo!("core")
+    let (input, output) = (g.input_stride(), g.output_stride());
+    assert_eq!(x.len(), g.batch * input, "conv2d: input size");
+    assert_eq!(w.len(), g.weights(), "conv2d: weight size");
+    assert_eq!(y.len(), g.batch * output, "conv2d: output size");
+    if y.is_empty() {
+        return;
+    }
+    if input == 0 || w.is_empty() {
+        y.fill(T::ZERO);
+        return;
+    }
+    let images = images_per_task(g.batch);
+    y.par_chunks_mut(images * output).zip(x.par_chunks(images * input)).for_each(|(y, x)| {
+        if g.is_depthwise() {
+            depthwise::forward(g, x, w, bias, y);
+        } else {
+            forward_images(g, x, w, bias, y);
+        }
+    });
 }
 
-/// `dx (+)= gradient to the input`; adds to `dx` when `accumulate`.
+/// One run of output rows: image, first row, number of rows (all within one image).
+#[derive(Clone, Copy)]
+struct RowRun {
+    image: usize,
+    first: usize,
+    count: usize,
+}
+
+/// Cuts `images * height` output rows into tiles of at most `rows` rows.
+fn tiles(images: usize, height: usize, rows: usize) -> Vec<Vec<RowRun>> {
+    let mut tiles = Vec::new();
+    if rows >= height {
+        let per_tile = rows / height;
+        let mut image = 0;
+        while image < images {
+            let end = (image + per_tile).min(images);
+            tiles.push((image..end).map(|i| RowRun { image: i, first: 0, count: height }).collect());
+            image = end;
+        }
+    } else {
+        for image in 0..images {
+            let mut first = 0;
+            while first < height {
+                let count = rows.min(height - first);
+                tiles.push(vec![RowRun { image, first, count }]);
+                first += count;
+            }
+        }
+    }
+    tiles
+}
+
+fn rows_per_tile(g: &Conv2dGeometry) -> usize {
+    let width = g.output()[1];
+    (TILE_ELEMENTS / (g.patch() * width).max(1)).max(1)
+}
+
+fn forward_images<T: Element>(
+    g: &Conv2dGeometry,
+    x: &[T],
+    w: &[T],
+    bias: Option<&[T]>,
+    y: &mut [T],
+) {
+    let images = x.len() / g.input_stride();
+    let [height, width] = g.output();
+    let plane = height * width;
+    let (in_group, out_group, patch) =
+        (g.in_channels / g.groups, g.out_channels / g.groups, g.patch());
+    match bias {
+        Some(bias) => {
+            for (channel, row) in y.chunks_exact_mut(plane).enumerate() {
+                row.fill(bias[channel % g.out_channels]);
+            }
+        }
+        None => y.fill(T::ZERO),
+    }
+    let direct = g.kernel == [1, 1] && g.stride == [1, 1] && g.pads == [0; 4] && plane >= 64;
+    for tile in tiles(images, height, rows_per_tile(g)) {
+        let columns: usize = tile.iter().map(|run| run.count * width).sum();
+        for group in 0..g.groups {
+            let w = &w[group * out_group * patch..(group + 1) * out_group * patch];
+            let w = MatrixRef::rows(w, patch);
+            if direct {
+                for run in &tile {
+                    let start = run.first * width;
+                    let from = run.image * g.input_stride() + group * in_group * plane + start;
+                    let to = run.image * g.output_stride() + group * out_group * plane + start;
+                    let n = run.count * width;
+                    let b = MatrixRef::rows(&x[from..from + (in_group - 1) * plane + n], plane);
+                    gemm(out_group, n, patch, w, b, &mut y[to..], plane, true);
+                }
+                continue;
+            }
+            scratch::with(patch * columns, |col: &mut [T]| {
+                im2col(g, x, group, &tile, columns, col);
+                let b = MatrixRef::rows(col, columns);
+                if let [run] = tile[..] {
+                    let to = run.image * g.output_stride()
+                        + group * out_group * plane
+                        + run.first * width;
+                    gemm(out_group, columns, patch, w, b, &mut y[to..], plane, true);
+                } else {
+                    scratch::with(out_group * columns, |product: &mut [T]| {
+                        gemm(out_group, columns, patch, w, b, product, columns, false);
+                        for (i, run) in tile.iter().enumerate() {
+                            for channel in 0..out_group {
+                                let from = channel * columns + i * plane;
+                                let to = run.image * g.output_stride()
+                                    + (group * out_group + channel) * plane;
+                                let product = &product[from..from + plane];
+                                for (y, &p) in y[to..to + plane].iter_mut().zip(product) {
+                                    *y += p;
+                                }
+                            }
+                        }
+                    });
+                }
+            });
+        }
+    }
+}
+
+/// For output column `ox` and kernel column offset: the range of `ox` that reads inside the input.
+fn valid_columns(g: &Conv2dGeometry, kx: usize, width: usize) -> (usize, usize) {
+    let offset = kx * g.dilation[1];
+    let low = g.pads[1].saturating_sub(offset).div_ceil(g.stride[1]).min(width);
+    let limit = (g.input[1] + g.pads[1]).saturating_sub(offset);
+    let high = if limit == 0 { 0 } else { ((limit - 1) / g.stride[1] + 1).min(width) };
+    (low, high.max(low))
+}
+
+/// The input row that output row `oy` reads at kernel row `ky`, if inside.
+fn input_row(g: &Conv2dGeometry, oy: usize, ky: usize) -> Option<usize> {
+    (oy * g.stride[0] + ky * g.dilation[0]).checked_sub(g.pads[0]).filter(|&iy| iy < g.input[0])
+}
+
+/// Fills `col` [patch, columns] with the patches of the tile's output pixels.
+fn im2col<T: Element>(
+    g: &Conv2dGeometry,
+    x: &[T],
+    group: usize,
+    tile: &[RowRun],
+    columns: usize,
+    col: &mut [T],
+) {
+    let width = g.output()[1];
+    let in_group = g.in_channels / g.groups;
+    let plane = g.input[0] * g.input[1];
+    let mut rows = col.chunks_exact_mut(columns);
+    for channel in 0..in_group {
+        for ky in 0..g.kernel[0] {
+            for kx in 0..g.kernel[1] {
+                let Some(row) = rows.next() else { return };
+                let (low, high) = valid_columns(g, kx, width);
+                let mut out = row.chunks_exact_mut(width);
+                for run in tile {
+                    let x = &x[run.image * g.input_stride() + (group * in_group + channel) * plane..]
+                        [..plane];
+                    for oy in run.first..run.first + run.count {
+                        let Some(out) = out.next() else { return };
+                        let Some(iy) = input_row(g, oy, ky) else {
+                            out.fill(T::ZERO);
+                            continue;
+                        };
+                        let x = &x[iy * g.input[1]..(iy + 1) * g.input[1]];
+                        out[..low].fill(T::ZERO);
+                        out[high..].fill(T::ZERO);
+                        if low == high {
+                            continue;
+                        }
+                        let start = low * g.stride[1] + kx * g.dilation[1] - g.pads[1];
+                        if g.stride[1] == 1 {
+                            out[low..high].copy_from_slice(&x[start..start + high - low]);
+                        } else {
+                            let x = x[start..].iter().step_by(g.stride[1]);
+                            for (out, &x) in out[low..high].iter_mut().zip(x) {
+                                *out = x;
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Adds the patch gradients `col` [patch, columns] of one image's row run to its input gradient.
+fn col2im<T: Element>(
+    g: &Conv2dGeometry,
+    col: &[T],
+    group: usize,
+    run: RowRun,
+    dx: &mut [T],
+) {
+    let width = g.output()[1];
+    let in_group = g.in_channels / g.groups;
+    let plane = g.input[0] * g.input[1];
+    let columns = run.count * width;
+    let mut rows = col.chunks_exact(columns);
+    for channel in 0..in_group {
+        let dx = &mut dx[(group * in_group + channel) * plane..][..plane];
+        for ky in 0..g.kernel[0] {
+            for kx in 0..g.kernel[1] {
+                let Some(row) = rows.next() else { return };
+                let (low, high) = valid_columns(g, kx, width);
+                if low == high {
+                    continue;
+                }
+                let start = low * g.stride[1] + kx * g.dilation[1] - g.pads[1];
+                for (oy, col) in (run.first..).zip(row.chunks_exact(width)) {
+                    let Some(iy) = input_row(g, oy, ky) else { continue };
+                    let dx = &mut dx[iy * g.input[1] + start..(iy + 1) * g.input[1]];
+                    for (dx, &c) in dx.iter_mut().step_by(g.stride[1]).zip(&col[low..high]) {
+                        *dx += c;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Rotated, transposed weights: `[C, O/groups, kh, kw]` grouped, from `[O, C/groups, kh, kw]`.
+fn rotated_weights<T: Element>(g: &Conv2dGeometry, w: &[T], rotated: &mut [T]) {
+    let (in_group, out_group) = (g.in_channels / g.groups, g.out_channels / g.groups);
+    let taps = g.kernel[0] * g.kernel[1];
+    for group in 0..g.groups {
+        for o in 0..out_group {
+            for c in 0..in_group {
+                let from = ((group * out_group + o) * in_group + c) * taps;
+                let to = ((group * in_group + c) * out_group + o) * taps;
+                for tap in 0..taps {
+                    rotated[to + taps - 1 - tap] = w[from + tap];
+                }
+            }
+        }
+    }
+}
+
+/// `dx = gradient to the input` from `dy` [N,O,Ho,Wo]; adds to `dx` when `accumulate`.
+///
+/// # Panics
+/// When a slice does not have the size the geometry says (a defect of the caller).
 pub fn conv2d_input_gradient<T: Element>(
-    _g: &Conv2dGeometry,
-    _dy: &[T],
-    _w: &[T],
-    _dx: &mut [T],
-    _accumulate: bool,
+    g: &Conv2dGeometry,
+    dy: &[T],
+    w: &[T],
+    dx: &mut [T],
+    accumulate: bool,
 ) {
-    todo!("core")
+    let (input, output) = (g.input_stride(), g.output_stride());
+    assert_eq!(dx.len(), g.batch * input, "conv2d_input_gradient: input size");
+    assert_eq!(dy.len(), g.batch * output, "conv2d_input_gradient: output size");
+    if !accumulate {
+        dx.fill(T::ZERO);
+    }
+    if dx.is_empty() || dy.is_empty() {
+        return;
+    }
+    let images = images_per_task(g.batch);
+    let tasks = dx.par_chunks_mut(images * input).zip(dy.par_chunks(images * output));
+    if g.is_depthwise() {
+        tasks.for_each(|(dx, dy)| depthwise::input_gradient(g, dy, w, dx));
+        return;
+    }
+    if let Some(reversed) = g.backward_as_forward() {
+        let mut rotated = vec![T::ZERO; w.len()];
+        rotated_weights(g, w, &mut rotated);
+        if accumulate {
+            tasks.for_each(|(dx, dy)| {
+                scratch::with(dx.len(), |fresh: &mut [T]| {
+                    forward_images(&reversed, dy, &rotated, None, fresh);
+                    for (dx, &f) in dx.iter_mut().zip(&*fresh) {
+                        *dx += f;
+                    }
+                });
+            });
+        } else {
+            tasks.for_each(|(dx, dy)| forward_images(&reversed, dy, &rotated, None, dx));
+        }
+        return;
+    }
+    tasks.for_each(|(dx, dy)| {
+        for (dx, dy) in dx.chunks_exact_mut(input).zip(dy.chunks_exact(output)) {
+            input_gradient_by_patches(g, dy, w, dx);
+        }
+    });
 }
 
-/// `dw = gradient to the weights` (overwrites).
-pub fn conv2d_weight_gradient<T: Element>(_g: &Conv2dGeometry, _x: &[T], _dy: &[T], _dw: &mut [T]) {
-    todo!("core")
+fn input_gradient_by_patches<T: Element>(g: &Conv2dGeometry, dy: &[T], w: &[T], dx: &mut [T]) {
+    let [height, width] = g.output();
+    let plane = height * width;
+    let (out_group, patch) = (g.out_channels / g.groups, g.patch());
+    for tile in tiles(1, height, rows_per_tile(g).min(height)) {
+        for run in tile {
+            let columns = run.count * width;
+            for group in 0..g.groups {
+                let w = &w[group * out_group * patch..(group + 1) * out_group * patch];
+                let from = group * out_group * plane + run.first * width;
+                let dy = MatrixRef::rows(&dy[from..], plane);
+                scratch::with(patch * columns, |col: &mut [T]| {
+                    let w = MatrixRef::transposed(w, patch);
+                    gemm(patch, columns, out_group, w, dy, col, columns, false);
+                    col2im(g, col, group, run, dx);
+                });
+            }
+        }
+    }
 }
+
+/// `dw = gradient to the weights` from `x` and `dy`, summed over the batch (overwrites `dw`).
+///
+/// # Panics
+/// When a slice does not have the size the geometry says (a defect of the caller).
+pub fn conv2d_weight_gradient<T: Element>(g: &Conv2dGeometry, x: &[T], dy: &[T], dw: &mut [T]) {
+    let (input, output) = (g.input_stride(), g.output_stride());
+    assert_eq!(x.len(), g.batch * input, "conv2d_weight_gradient: input size");
+    assert_eq!(dy.len(), g.batch * output, "conv2d_weight_gradient: output size");
+    assert_eq!(dw.len(), g.weights(), "conv2d_weight_gradient: weight size");
+    dw.fill(T::ZERO);
+    if x.is_empty() || dy.is_empty() {
+        return;
+    }
+    let partial: Vec<Vec<T>> = x
+        .par_chunks(WEIGHT_GRADIENT_IMAGES * input)
+        .zip(dy.par_chunks(WEIGHT_GRADIENT_IMAGES * output))
+        .map(|(x, dy)| {
+            let mut dw = vec![T::ZERO; g.weights()];
+            weight_gradient_images(g, x, dy, &mut dw);
+            dw
+        })
+        .collect();
+    for part in partial {
+        for (dw, p) in dw.iter_mut().zip(part) {
+            *dw += p;
+        }
+    }
+}
+
+fn weight_gradient_images<T: Element>(g: &Conv2dGeometry, x: &[T], dy: &[T], dw: &mut [T]) {
+    let images = x.len() / g.input_stride();
+    let [height, width] = g.output();
+    let plane = height * width;
+    let (out_group, patch) = (g.out_channels / g.groups, g.patch());
+    for tile in tiles(images, height, rows_per_tile(g)) {
+        let columns: usize = tile.iter().map(|run| run.count * width).sum();
+        for group in 0..g.groups {
+            let dw = &mut dw[group * out_group * patch..(group + 1) * out_group * patch];
+            scratch::with(patch * columns, |col: &mut [T]| {
+                im2col(g, x, group, &tile, columns, col);
+                let col = MatrixRef::transposed(col, columns);
+                let first = |run: &RowRun| {
+                    run.image * g.output_stride() + group * out_group * plane + run.first * width
+                };
+                if let [run] = &tile[..] {
+                    let dy = MatrixRef::rows(&dy[first(run)..], plane);
+                    gemm(out_group, patch, columns, dy, col, dw, patch, true);
+                } else {
+                    scratch::with(out_group * columns, |gathered: &mut [T]| {
+                        for (i, run) in tile.iter().enumerate() {
+                            for channel in 0..out_group {
+                                let from = first(run) + channel * plane;
+                                gathered[channel * columns + i * plane..][..plane]
+                                    .copy_from_slice(&dy[from..from + plane]);
+                            }
+                        }
+                        let dy = MatrixRef::rows(gathered, columns);
+                        gemm(out_group, patch, columns, dy, col, dw, patch, true);
+                    });
+                }
+            });
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "conv_tests.rs"]
+mod tests;

@@ -6,8 +6,10 @@
 pub mod batch_norm;
 pub mod blocks;
 pub mod conv;
+mod depthwise;
 pub mod element;
 pub mod gemm;
 pub mod map;
+pub mod scratch;
 
 pub use element::Element;

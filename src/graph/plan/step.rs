@@ -1,0 +1,130 @@
+//! One compiled operation of a plan: forward, and the vector-Jacobian product to each live input.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use crate::tensor::kernels::Element;
+
+/// Where a step reads an operand: a value computed at run time, or data fixed at compile time.
+#[derive(Debug, Clone)]
+pub enum Operand<T> {
+    /// A run-time value.
+    Live(usize),
+    /// Constant data.
+    Constant(Arc<Vec<T>>),
+}
+
+/// What a step's gradient does to its target buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// The buffer holds nothing yet.
+    Write,
+    /// Other consumers have written: add.
+    Add,
+}
+
+/// The gradient buffer of one input of a step.
+#[derive(Debug)]
+pub struct Target<'a, T> {
+    /// Same length as the input.
+    pub data: &'a mut [T],
+    /// Whether to overwrite or add.
+    pub mode: Mode,
+}
+
+impl<T: Element> Target<'_, T> {
+    /// Puts `value(i)` at each position.
+    #[inline(always)]
+    pub fn put(&mut self, value: impl Fn(usize) -> T) {
+        match self.mode {
+            Mode::Write => self.data.iter_mut().enumerate().for_each(|(i, d)| *d = value(i)),
+            Mode::Add => self.data.iter_mut().enumerate().for_each(|(i, d)| *d += value(i)),
+        }
+    }
+
+    /// Clears a fresh buffer so that everything can be added.
+    pub fn clear_if_fresh(&mut self) {
+        if self.mode == Mode::Write {
+            self.data.fill(T::ZERO);
+            self.mode = Mode::Add;
+        }
+    }
+}
+
+/// What one step keeps from its forward for its backward, and the cotangents of its statistics.
+#[derive(Debug, Clone, Default)]
+pub struct StepState<T> {
+    /// Positions (arg-max of pooling).
+    pub indices: Vec<u32>,
+    /// Per-channel mean of a tapped input, or whatever the step saves.
+    pub mean: Vec<T>,
+    /// Per-channel biased variance of a tapped input, or whatever the step saves.
+    pub var: Vec<T>,
+    /// Gradient of the objective to `mean`; set before the backward, empty for none.
+    pub d_mean: Vec<T>,
+    /// Gradient of the objective to `var`.
+    pub d_var: Vec<T>,
+}
+
+/// What a step's gradient reads besides the output's gradient.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Needs {
+    /// The values of its inputs.
+    pub inputs: Reads,
+    /// The value of its output.
+    pub output: Reads,
+}
+
+/// Whether a value is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reads {
+    /// Read.
+    Yes,
+    /// Not read: its buffer may be reused before.
+    No,
+}
+
+impl Needs {
+    /// Nothing but the output's gradient.
+    pub const NOTHING: Self = Self { inputs: Reads::No, output: Reads::No };
+    /// The inputs.
+    pub const INPUTS: Self = Self { inputs: Reads::Yes, output: Reads::No };
+    /// The output.
+    pub const OUTPUT: Self = Self { inputs: Reads::No, output: Reads::Yes };
+}
+
+/// A compiled operation with one output. Shapes are fixed at compile time, inside the step.
+pub trait Step<T: Element>: Send + Sync + Debug {
+    /// Computes `output` from `inputs`.
+    fn forward(&self, inputs: &[&[T]], output: &mut [T], state: &mut StepState<T>);
+
+    /// What [`Step::backward`] reads.
+    fn needs(&self) -> Needs;
+
+    /// Adds or writes the gradient to input `which`. `inputs` and `output` are empty slices where
+    /// [`Step::needs`] says they are not read.
+    fn backward(
+        &self,
+        which: usize,
+        inputs: &[&[T]],
+        output: &[T],
+        d_output: &[T],
+        target: Target<'_, T>,
+        state: &StepState<T>,
+    );
+
+    /// Whether a gradient exists to input `which`; a path without one is an error, not a zero.
+    fn differentiable(&self, which: usize) -> Differentiable {
+        let _ = which;
+        Differentiable::Yes
+    }
+}
+
+/// Whether a gradient flows to an input of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Differentiable {
+    /// It does.
+    Yes,
+    /// The operation has no useful gradient there (comparison, rounding, arg-max).
+    No,
+}
