@@ -5,5 +5,9 @@
 //! `ops`, one file a family, and [`plan`] lowers them for a concrete input shape.
 
 pub mod ir;
+pub(crate) mod ops;
+pub mod plan;
 
 pub use ir::{Attribute, ConstantData, ConstantTensor, DataType, Dimension, Graph, Node, Port};
+pub use ops::unsupported_ops;
+pub use plan::{CompileOptions, Plan, Workspace};

@@ -11,10 +11,13 @@ mod schedule;
 mod step;
 
 pub use compile::CompileOptions;
+pub(crate) use compile::lower_node;
 pub use lower::{Lower, TapReference, Value, data_dependent, elements, from_elements};
-pub use step::{Differentiable, Mode, Needs, Operand, Reads, Step, StepState, Target};
+pub use step::{
+    Absorbed, Differentiable, Mode, Needs, Operand, Reads, Step, StepState, Target,
+};
 
-use lower::StepRecord;
+pub(crate) use lower::StepRecord;
 use schedule::Schedule;
 
 use crate::tensor::kernels::Element;

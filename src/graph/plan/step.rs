@@ -118,6 +118,25 @@ pub trait Step<T: Element>: Send + Sync + Debug {
         let _ = which;
         Differentiable::Yes
     }
+
+    /// Whether this is a plain ReLU, which another step may absorb.
+    fn is_relu(&self) -> bool {
+        false
+    }
+
+    /// Takes a following ReLU into this step, if it can.
+    fn absorb_relu(&mut self) -> Absorbed {
+        Absorbed::No
+    }
+}
+
+/// Whether a step took its follower in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Absorbed {
+    /// It now computes both.
+    Yes,
+    /// It cannot; nothing changed.
+    No,
 }
 
 /// Whether a gradient flows to an input of a step.

@@ -11,5 +11,6 @@ pub mod element;
 pub mod gemm;
 pub mod map;
 pub mod scratch;
+pub mod special;
 
 pub use element::Element;

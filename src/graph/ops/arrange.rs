@@ -1,0 +1,438 @@
+//! Operators that move values without changing them: Transpose, Concat, Split, Slice, Gather, Expand,
+//! Tile, Pad, DepthToSpace, SpaceToDepth, and Where with a constant condition.
+
+use super::rearrange::{Source, indices, rearrange};
+use super::shape::axes;
+use super::{Rule, axis_index, broadcast_shape, strides};
+use crate::error::{Error, Result};
+use crate::graph::ir::Node;
+use crate::graph::plan::{Lower, Value};
+use crate::tensor::kernels::Element;
+
+pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
+    Some(match op {
+        "Transpose" => transpose,
+        "Concat" => concat,
+        "Split" => split,
+        "Slice" => slice,
+        "Gather" => gather,
+        "Expand" => expand,
+        "Tile" => tile,
+        "Pad" => pad,
+        "DepthToSpace" => depth_to_space,
+        "SpaceToDepth" => space_to_depth,
+        "Where" => select,
+        _ => return None,
+    })
+}
+
+fn at(position: usize) -> Source {
+    Source::Element { input: 0, at: position }
+}
+
+fn dot(index: &[usize], strides: &[usize]) -> usize {
+    index.iter().zip(strides).map(|(i, s)| i * s).sum()
+}
+
+/// Emits a transposition of `x` by `permutation` (output axis -> input axis).
+pub(super) fn permute<T: Element>(
+    lower: &mut Lower<'_, T>,
+    x: &Value,
+    permutation: &[usize],
+) -> Result<Value> {
+    let input_strides = strides(x.shape());
+    let shape: Vec<usize> = permutation.iter().map(|&axis| x.shape()[axis]).collect();
+    let moved: Vec<usize> = permutation.iter().map(|&axis| input_strides[axis]).collect();
+    let map = indices(&shape).map(move |index| at(dot(&index, &moved)));
+    rearrange(lower, std::slice::from_ref(x), shape, 0.0, map)
+}
+
+fn transpose<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let x = lower.input(node, 0)?;
+    let rank = x.rank();
+    let permutation: Vec<usize> = match node.ints("perm")? {
+        Some(perm) => perm.iter().map(|&a| axis_index(a, rank)).collect::<Result<_>>()?,
+        None => (0..rank).rev().collect(),
+    };
+    let mut sorted = permutation.clone();
+    sorted.sort_unstable();
+    if sorted != (0..rank).collect::<Vec<_>>() {
+        return Err(Error::input(format!("`perm` is no permutation of {rank} axes")));
+    }
+    let y = permute(lower, &x, &permutation)?;
+    lower.set_output(node, 0, y);
+    Ok(())
+}
+
+fn concat<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let parts: Vec<Value> = (0..node.inputs.len())
+        .filter_map(|index| lower.optional(node, index).transpose())
+        .collect::<Result<_>>()?;
+    let first = parts.first().ok_or_else(|| Error::input("needs at least one input"))?;
+    let axis = axis_index(node.int("axis", 1)?, first.rank())?;
+    let mut shape = first.shape().to_vec();
+    shape[axis] = 0;
+    for part in &parts {
+        let fits = part.rank() == shape.len()
+            && (0..shape.len()).all(|a| a == axis || part.shape()[a] == shape[a]);
+        if !fits {
+            return Err(Error::input(format!(
+                "cannot concatenate {:?} and `{:?}` along axis {axis}",
+                first.shape(),
+                part.shape()
+            )));
+        }
+        shape[axis] += part.shape()[axis];
+    }
+    let outer: usize = shape[..axis].iter().product();
+    let inner: usize = shape[axis + 1..].iter().product();
+    let widths: Vec<usize> = parts.iter().map(|part| part.shape()[axis] * inner).collect();
+    let map = (0..outer).flat_map(move |row| {
+        let widths = widths.clone();
+        widths.into_iter().enumerate().flat_map(move |(input, width)| {
+            (0..width).map(move |i| Source::Element { input, at: row * width + i })
+        })
+    });
+    let y = rearrange(lower, &parts, shape.clone(), 0.0, map)?;
+    lower.set_output(node, 0, y);
+    Ok(())
+}
+
+/// A rectangular part of `x` along `axis`.
+fn part<T: Element>(
+    lower: &mut Lower<'_, T>,
+    x: &Value,
+    axis: usize,
+    start: usize,
+    length: usize,
+) -> Result<Value> {
+    let mut shape = x.shape().to_vec();
+    let (size, inner): (usize, usize) = (shape[axis], shape[axis + 1..].iter().product());
+    let outer: usize = shape[..axis].iter().product();
+    shape[axis] = length;
+    let map = (0..outer).flat_map(move |row| {
+        (0..length * inner).map(move |i| at((row * size + start) * inner + i))
+    });
+    rearrange(lower, std::slice::from_ref(x), shape, 0.0, map)
+}
+
+fn split<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let x = lower.input(node, 0)?;
+    let axis = axis_index(node.int("axis", 0)?, x.rank())?;
+    let size = x.shape()[axis];
+    let sizes: Vec<usize> = match lower.integers(node, 1)? {
+        Some(sizes) => sizes.iter().map(|&s| s.max(0) as usize).collect(),
+        None => match node.ints("split")? {
+            Some(sizes) => sizes.iter().map(|&s| s.max(0) as usize).collect(),
+            None => {
+                let parts = node.int("num_outputs", node.outputs.len() as i64)?.max(1) as usize;
+                let each = size.div_ceil(parts);
+                (0..parts).map(|i| each.min(size.saturating_sub(i * each))).collect()
+            }
+        },
+    };
+    if sizes.iter().sum::<usize>() != size {
+        return Err(Error::input(format!("split {sizes:?} does not sum to `{size}`")));
+    }
+    let mut start = 0;
+    for (index, length) in sizes.into_iter().enumerate() {
+        if index < node.outputs.len() {
+            let y = part(lower, &x, axis, start, length)?;
+            lower.set_output(node, index, y);
+        }
+        start += length;
+    }
+    Ok(())
+}
+
+fn slice<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let x = lower.input(node, 0)?;
+    let rank = x.rank();
+    let absent = || Error::input("needs `starts` and `ends`");
+    let (starts, ends, slice_axes, steps) = if node.inputs.len() > 1 {
+        (
+            lower.integers(node, 1)?.ok_or_else(absent)?,
+            lower.integers(node, 2)?.ok_or_else(absent)?,
+            lower.integers(node, 3)?,
+            lower.integers(node, 4)?,
+        )
+    } else {
+        let ints = |name| node.ints(name).map(|v| v.map(<[i64]>::to_vec));
+        (
+            ints("starts")?.ok_or_else(absent)?,
+            ints("ends")?.ok_or_else(absent)?,
+            ints("axes")?,
+            None,
+        )
+    };
+    let mut first = vec![0i64; rank];
+    let mut step = vec![1i64; rank];
+    let mut shape = x.shape().to_vec();
+    for i in 0..starts.len() {
+        let axis = match &slice_axes {
+            Some(axes) => *axes.get(i).ok_or_else(absent)?,
+            None => i as i64,
+        };
+        let axis = axis_index(axis, rank)?;
+        let size = x.shape()[axis] as i64;
+        let by = steps.as_ref().and_then(|s| s.get(i)).copied().unwrap_or(1);
+        let end = *ends.get(i).ok_or_else(absent)?;
+        let wrap = |v: i64| if v < 0 { v.saturating_add(size) } else { v };
+        let (from, to) = if by > 0 {
+            (wrap(starts[i]).clamp(0, size), wrap(end).clamp(0, size))
+        } else {
+            (wrap(starts[i]).clamp(-1, size - 1), wrap(end).clamp(-1, size - 1))
+        };
+        if by == 0 {
+            return Err(Error::input("slice step must not be `0`"));
+        }
+        let count = if by > 0 { (to - from).max(0) } else { (from - to).max(0) };
+        shape[axis] = (count as u64).div_ceil(by.unsigned_abs()) as usize;
+        first[axis] = from.max(0);
+        step[axis] = by;
+    }
+    let input_strides = strides(x.shape());
+    let map = indices(&shape).map(move |index| {
+        let position: i64 = (0..index.len())
+            .map(|a| (first[a] + index[a] as i64 * step[a]) * input_strides[a] as i64)
+            .sum();
+        at(position as usize)
+    });
+    let y = rearrange(lower, &[x], shape.clone(), 0.0, map)?;
+    lower.set_output(node, 0, y);
+    Ok(())
+}
+
+fn gather<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let x = lower.input(node, 0)?;
+    let axis = axis_index(node.int("axis", 0)?, x.rank())?;
+    let chosen = lower
+        .constant_input(node, 1)?
+        .ok_or_else(|| Error::input("needs input `1`, the indices"))?;
+    let size = x.shape()[axis] as i64;
+    let mut picks = Vec::with_capacity(chosen.data.len());
+    for &i in chosen.as_i64().ok_or_else(|| Error::input("indices must be integers"))? {
+        let i = if i < 0 { i + size } else { i };
+        if !(0..size).contains(&i) {
+            return Err(Error::input(format!("index `{i}` is outside an axis of {size}")));
+        }
+        picks.push(i as usize);
+    }
+    let outer: usize = x.shape()[..axis].iter().product();
+    let inner: usize = x.shape()[axis + 1..].iter().product();
+    let mut shape = x.shape()[..axis].to_vec();
+    shape.extend_from_slice(&chosen.shape);
+    shape.extend_from_slice(&x.shape()[axis + 1..]);
+    let size = size as usize;
+    let map = (0..outer).flat_map(|row| {
+        picks
+            .iter()
+            .flat_map(move |&pick| (0..inner).map(move |i| at((row * size + pick) * inner + i)))
+    });
+    let y = rearrange(lower, &[x], shape, 0.0, map)?;
+    lower.set_output(node, 0, y);
+    Ok(())
+}
+
+/// Strides that repeat `from` over the broadcast shape `to` (0 along repeated axes).
+pub(super) fn broadcast_strides(from: &[usize], to: &[usize]) -> Vec<usize> {
+    let own = strides(from);
+    let lead = to.len() - from.len();
+    (0..to.len())
+        .map(|axis| match axis.checked_sub(lead) {
+            Some(i) if from[i] != 1 => own[i],
+            _ => 0,
+        })
+        .collect()
+}
+
+/// Repeats `x` to `shape` (to which it must broadcast).
+pub(super) fn broadcast_to<T: Element>(
+    lower: &mut Lower<'_, T>,
+    x: &Value,
+    shape: &[usize],
+) -> Result<Value> {
+    if x.shape() == shape {
+        return Ok(x.clone());
+    }
+    let repeated = broadcast_strides(x.shape(), shape);
+    let map = indices(shape).map(move |index| at(dot(&index, &repeated)));
+    rearrange(lower, std::slice::from_ref(x), shape.to_vec(), 0.0, map)
+}
+
+fn expand<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let x = lower.input(node, 0)?;
+    let wanted = lower.integers(node, 1)?.ok_or_else(|| Error::input("needs input `1`"))?;
+    let wanted: Vec<usize> = wanted.iter().map(|&d| d.max(0) as usize).collect();
+    let shape = broadcast_shape(x.shape(), &wanted)?;
+    let y = broadcast_to(lower, &x, &shape)?;
+    lower.set_output(node, 0, y);
+    Ok(())
+}
+
+fn tile<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let x = lower.input(node, 0)?;
+    let repeats = lower.integers(node, 1)?.ok_or_else(|| Error::input("needs input `1`"))?;
+    if repeats.len() != x.rank() || repeats.iter().any(|&r| r < 0) {
+        return Err(Error::input(format!("bad repeats `{repeats:?}`")));
+    }
+    let mut shape = Vec::with_capacity(x.rank());
+    for (&d, &r) in x.shape().iter().zip(&repeats) {
+        shape.push(d.saturating_mul(r as usize));
+    }
+    let sizes = x.shape().to_vec();
+    let own = strides(&sizes);
+    let map = indices(&shape)
+        .map(move |index| at((0..index.len()).map(|a| index[a] % sizes[a] * own[a]).sum()));
+    let y = rearrange(lower, &[x], shape.clone(), 0.0, map)?;
+    lower.set_output(node, 0, y);
+    Ok(())
+}
+
+/// Position inside `0..size` for a padded position `i`, by mode; `None` fills.
+fn padded_position(i: i64, size: i64, mode: &str) -> Option<usize> {
+    let inside = (0..size).contains(&i);
+    let position = match mode {
+        _ if inside => i,
+        "edge" => i.clamp(0, size - 1),
+        "reflect" if size > 1 => {
+            let period = 2 * (size - 1);
+            let j = i.rem_euclid(period);
+            if j < size { j } else { period - j }
+        }
+        "reflect" => 0,
+        "wrap" => i.rem_euclid(size),
+        _ => return None,
+    };
+    Some(position as usize)
+}
+
+fn pad<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let x = lower.input(node, 0)?;
+    let rank = x.rank();
+    let mode = node.text("mode", "constant")?;
+    if !matches!(mode, "constant" | "edge" | "reflect" | "wrap") {
+        return Err(Error::unsupported(format!("pad mode `{mode}`")));
+    }
+    let given = match lower.integers(node, 1)? {
+        Some(pads) => pads,
+        None => match node.ints("pads")? {
+            Some(pads) => pads.to_vec(),
+            None => node.ints("paddings")?.unwrap_or_default().to_vec(),
+        },
+    };
+    let fill = match lower.constant_input(node, 2)? {
+        Some(value) => value.to_f64().first().copied().unwrap_or(0.0),
+        None => f64::from(node.float("value", 0.0)?),
+    };
+    let padded: Vec<usize> = match lower.integers(node, 3)? {
+        Some(axes) => axes.iter().map(|&a| axis_index(a, rank)).collect::<Result<_>>()?,
+        None => (0..rank).collect(),
+    };
+    if given.len() != 2 * padded.len() {
+        return Err(Error::input(format!("`pads` has {} values for {rank} axes", given.len())));
+    }
+    let mut before = vec![0i64; rank];
+    let mut shape = x.shape().to_vec();
+    for (i, &axis) in padded.iter().enumerate() {
+        before[axis] = given[i];
+        let size = x.shape()[axis] as i64 + given[i] + given[i + padded.len()];
+        shape[axis] = usize::try_from(size)
+            .ok()
+            .filter(|&s| s <= super::shape::CONSTANT_LIMIT)
+            .ok_or_else(|| Error::input(format!("`pads` makes an axis of `{size}`")))?;
+    }
+    let sizes: Vec<i64> = x.shape().iter().map(|&s| s as i64).collect();
+    let own = strides(x.shape());
+    let mode = mode.to_string();
+    if shape.iter().fold(1usize, |a, &b| a.saturating_mul(b)) > super::shape::CONSTANT_LIMIT {
+        return Err(Error::input(format!("`pads` makes a tensor of shape `{shape:?}`")));
+    }
+    let map = indices(&shape).map(move |index| {
+        let mut position = 0;
+        for axis in 0..index.len() {
+            match padded_position(index[axis] as i64 - before[axis], sizes[axis], &mode) {
+                Some(i) => position += i * own[axis],
+                None => return Source::Fill,
+            }
+        }
+        at(position)
+    });
+    let y = rearrange(lower, &[x], shape.clone(), fill, map)?;
+    lower.set_output(node, 0, y);
+    Ok(())
+}
+
+fn image_dims(x: &Value) -> Result<[usize; 4]> {
+    <[usize; 4]>::try_from(x.shape())
+        .map_err(|_| Error::input(format!("needs a rank-4 input, got shape `{:?}`", x.shape())))
+}
+
+fn block_size(node: &Node) -> Result<usize> {
+    usize::try_from(node.int("blocksize", 0)?)
+        .ok()
+        .filter(|&b| b > 0)
+        .ok_or_else(|| Error::input("`blocksize` must be positive"))
+}
+
+fn depth_to_space<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let x = lower.input(node, 0)?;
+    let [n, c, h, w] = image_dims(&x)?;
+    let block = block_size(node)?;
+    let depth = c / (block * block);
+    let column_row_depth = node.text("mode", "DCR")? == "CRD";
+    let (split, permutation) = if column_row_depth {
+        ([n, depth, block, block, h, w], [0, 1, 4, 2, 5, 3])
+    } else {
+        ([n, block, block, depth, h, w], [0, 3, 4, 1, 5, 2])
+    };
+    let y = lower.reshape(&x, split.to_vec())?;
+    let y = permute(lower, &y, &permutation)?;
+    let y = lower.reshape(&y, vec![n, depth, h * block, w * block])?;
+    lower.set_output(node, 0, y);
+    Ok(())
+}
+
+fn space_to_depth<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let x = lower.input(node, 0)?;
+    let [n, c, h, w] = image_dims(&x)?;
+    let b = block_size(node)?;
+    let y = lower.reshape(&x, vec![n, c, h / b, b, w / b, b])?;
+    let y = permute(lower, &y, &[0, 3, 5, 1, 2, 4])?;
+    let y = lower.reshape(&y, vec![n, c * b * b, h / b, w / b])?;
+    lower.set_output(node, 0, y);
+    Ok(())
+}
+
+fn select<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let condition =
+        lower.constant_input(node, 0)?.ok_or_else(|| Error::input("needs input `0`"))?;
+    let (yes, no) = (lower.input(node, 1)?, lower.input(node, 2)?);
+    let shape =
+        broadcast_shape(&broadcast_shape(&condition.shape, yes.shape())?, no.shape())?;
+    let spread = [&condition.shape[..], yes.shape(), no.shape()]
+        .map(|from| broadcast_strides(from, &shape));
+    let truth: Vec<bool> = condition.to_f64().iter().map(|&v| v != 0.0).collect();
+    let map = indices(&shape).map(move |index| {
+        let input = usize::from(!truth[dot(&index, &spread[0])]);
+        Source::Element { input, at: dot(&index, &spread[1 + input]) }
+    });
+    let y = rearrange(lower, &[yes, no], shape.clone(), 0.0, map)?;
+    lower.set_output(node, 0, y);
+    Ok(())
+}
+
+/// The axes of a node as sorted indices; all axes when none are given.
+pub(super) fn sorted_axes<T: Element>(
+    lower: &Lower<'_, T>,
+    node: &Node,
+    input: usize,
+    rank: usize,
+) -> Result<Option<Vec<usize>>> {
+    let Some(given) = axes(lower, node, input)? else { return Ok(None) };
+    let mut sorted: Vec<usize> =
+        given.iter().map(|&a| axis_index(a, rank)).collect::<Result<_>>()?;
+    sorted.sort_unstable();
+    sorted.dedup();
+    Ok(Some(sorted))
+}

@@ -1,0 +1,219 @@
+//! Matrix products: MatMul with batch broadcasting, Gemm. Either side may be live.
+
+use rayon::prelude::*;
+
+use super::binary::{Binary, emit};
+use super::elementwise::{Function, apply};
+use super::{Rule, broadcast_shape};
+use crate::error::{Error, Result};
+use crate::graph::ir::Node;
+use crate::graph::plan::{Lower, Needs, Step, StepState, Target, Value};
+use crate::tensor::kernels::Element;
+use crate::tensor::kernels::gemm::{MatrixRef, gemm};
+
+pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
+    match op {
+        "MatMul" => Some(matmul),
+        "Gemm" => Some(gemm_rule),
+        _ => None,
+    }
+}
+
+/// Whether an operand of a product is read transposed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Layout {
+    Plain,
+    Transposed,
+}
+
+/// A batch of products `y[i] = a[batch_a[i]] b[batch_b[i]]`.
+#[derive(Debug)]
+struct MatMul {
+    m: usize,
+    k: usize,
+    n: usize,
+    layouts: [Layout; 2],
+    batch_a: Vec<usize>,
+    batch_b: Vec<usize>,
+}
+
+/// Rows of a product one task computes.
+const ROWS: usize = 32;
+
+impl MatMul {
+    fn a<'a, T: Element>(&self, a: &'a [T]) -> MatrixRef<'a, T> {
+        match self.layouts[0] {
+            Layout::Plain => MatrixRef::rows(a, self.k),
+            Layout::Transposed => MatrixRef::transposed(a, self.m),
+        }
+    }
+
+    fn b<'a, T: Element>(&self, b: &'a [T]) -> MatrixRef<'a, T> {
+        match self.layouts[1] {
+            Layout::Plain => MatrixRef::rows(b, self.n),
+            Layout::Transposed => MatrixRef::transposed(b, self.k),
+        }
+    }
+}
+
+fn flipped<T: Copy>(m: MatrixRef<'_, T>) -> MatrixRef<'_, T> {
+    MatrixRef { data: m.data, row_stride: m.column_stride, column_stride: m.row_stride }
+}
+
+impl<T: Element> Step<T> for MatMul {
+    fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
+        let (m, k, n) = (self.m, self.k, self.n);
+        let (a, b) = (inputs[0], inputs[1]);
+        let product = m * n;
+        if product == 0 {
+            return;
+        }
+        output.par_chunks_mut(product).enumerate().for_each(|(i, y)| {
+            let a = &a[self.batch_a[i] * m * k..][..m * k];
+            let b = self.b(&b[self.batch_b[i] * k * n..][..k * n]);
+            if k == 0 {
+                y.fill(T::ZERO);
+                return;
+            }
+            y.par_chunks_mut(ROWS * n).enumerate().for_each(|(chunk, y)| {
+                let a = self.a(a);
+                let a = MatrixRef { data: &a.data[chunk * ROWS * a.row_stride..], ..a };
+                gemm(y.len() / n, n, k, a, b, y, n, false);
+            });
+        });
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::INPUTS
+    }
+
+    fn backward(
+        &self,
+        which: usize,
+        inputs: &[&[T]],
+        _output: &[T],
+        d_output: &[T],
+        mut target: Target<'_, T>,
+        _state: &StepState<T>,
+    ) {
+        let (m, k, n) = (self.m, self.k, self.n);
+        target.clear_if_fresh();
+        let (own, batches) =
+            if which == 0 { (m * k, &self.batch_a) } else { (k * n, &self.batch_b) };
+        if own == 0 || m * n == 0 {
+            return;
+        }
+        target.data.par_chunks_mut(own).enumerate().for_each(|(index, d)| {
+            for (i, _) in batches.iter().enumerate().filter(|(_, at)| **at == index) {
+                let dy = MatrixRef::rows(&d_output[i * m * n..][..m * n], n);
+                let transposed = self.layouts[which] == Layout::Transposed;
+                if which == 0 {
+                    let b = flipped(self.b(&inputs[1][self.batch_b[i] * k * n..][..k * n]));
+                    if transposed {
+                        gemm(k, m, n, flipped(b), flipped(dy), d, m, true);
+                    } else {
+                        gemm(m, k, n, dy, b, d, k, true);
+                    }
+                } else {
+                    let a = flipped(self.a(&inputs[0][self.batch_a[i] * m * k..][..m * k]));
+                    if transposed {
+                        gemm(n, k, m, flipped(dy), flipped(a), d, k, true);
+                    } else {
+                        gemm(k, n, m, a, dy, d, n, true);
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// For each batch of `to`, which batch of `from` it reads.
+fn batches(from: &[usize], to: &[usize]) -> Vec<usize> {
+    let strides = super::arrange::broadcast_strides(from, to);
+    super::rearrange::indices(to)
+        .map(|index| index.iter().zip(&strides).map(|(i, s)| i * s).sum())
+        .collect()
+}
+
+/// Emits `a b` over the last two axes, batch axes broadcast; rank-1 operands as in NumPy.
+fn product<T: Element>(lower: &mut Lower<'_, T>, a: &Value, b: &Value) -> Result<Value> {
+    let (a_vector, b_vector) = (a.rank() == 1, b.rank() == 1);
+    if a.rank() == 0 || b.rank() == 0 {
+        return Err(Error::input("matrix product of a scalar"));
+    }
+    let a = if a_vector { lower.reshape(a, vec![1, a.len()])? } else { a.clone() };
+    let b = if b_vector { lower.reshape(b, vec![b.len(), 1])? } else { b.clone() };
+    let (a_outer, a_matrix) = a.shape().split_at(a.rank() - 2);
+    let (b_outer, b_matrix) = b.shape().split_at(b.rank() - 2);
+    if a_matrix[1] != b_matrix[0] {
+        return Err(Error::input(format!(
+            "matrices {:?} and `{:?}` do not multiply",
+            a.shape(),
+            b.shape()
+        )));
+    }
+    let mut outer = broadcast_shape(a_outer, b_outer)?;
+    let (mut m, k, n) = (a_matrix[0], a_matrix[1], b_matrix[1]);
+    let (mut batch_a, mut batch_b) = (batches(a_outer, &outer), batches(b_outer, &outer));
+    let mut shape = std::mem::take(&mut outer);
+    let count = shape.iter().product::<usize>();
+    // One weight matrix for all: a single tall product.
+    if b_outer.iter().product::<usize>() == 1 && a_outer.iter().product::<usize>() == count {
+        shape.extend([m, n]);
+        m *= count;
+        (batch_a, batch_b) = (vec![0], vec![0]);
+    } else {
+        shape.extend([m, n]);
+    }
+    let step = MatMul { m, k, n, layouts: [Layout::Plain; 2], batch_a, batch_b };
+    if a_vector {
+        shape.remove(shape.len() - 2);
+    }
+    if b_vector {
+        shape.pop();
+    }
+    Ok(lower.emit(Box::new(step), &[a, b], shape))
+}
+
+fn matmul<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let (a, b) = (lower.input(node, 0)?, lower.input(node, 1)?);
+    let y = product(lower, &a, &b)?;
+    lower.set_output(node, 0, y);
+    Ok(())
+}
+
+fn gemm_rule<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let (a, b) = (lower.input(node, 0)?, lower.input(node, 1)?);
+    let layout = |name| -> Result<Layout> {
+        Ok(if node.int(name, 0)? != 0 { Layout::Transposed } else { Layout::Plain })
+    };
+    let layouts = [layout("transA")?, layout("transB")?];
+    let (&[a0, a1], &[b0, b1]) = (a.shape(), b.shape()) else {
+        return Err(Error::input(format!(
+            "needs two matrices, got {:?} and `{:?}`",
+            a.shape(),
+            b.shape()
+        )));
+    };
+    let (m, k) = if layouts[0] == Layout::Plain { (a0, a1) } else { (a1, a0) };
+    let (k2, n) = if layouts[1] == Layout::Plain { (b0, b1) } else { (b1, b0) };
+    if k != k2 {
+        return Err(Error::input(format!(
+            "matrices {:?} and `{:?}` do not multiply",
+            a.shape(),
+            b.shape()
+        )));
+    }
+    let step = MatMul { m, k, n, layouts, batch_a: vec![0], batch_b: vec![0] };
+    let mut y = lower.emit(Box::new(step), &[a, b], vec![m, n]);
+    let (alpha, beta) = (f64::from(node.float("alpha", 1.0)?), f64::from(node.float("beta", 1.0)?));
+    if alpha != 1.0 {
+        y = apply(lower, Function::Scale, (alpha, 0.0), &y);
+    }
+    if let Some(c) = lower.optional(node, 2)? {
+        let c = if beta == 1.0 { c } else { apply(lower, Function::Scale, (beta, 0.0), &c) };
+        y = emit(lower, Binary::Add, &y, &c)?;
+    }
+    lower.set_output(node, 0, y);
+    Ok(())
+}

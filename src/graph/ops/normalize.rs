@@ -1,0 +1,459 @@
+//! Normalisation layers: BatchNormalization (inference form, with its input's statistics tapped),
+//! LayerNormalization, RMSNormalization, InstanceNormalization, GroupNormalization, LRN.
+
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use super::binary::{Binary, emit};
+use super::{Rule, axis_index};
+use crate::error::{Error, Result};
+use crate::graph::ir::Node;
+use crate::graph::plan::{
+    Absorbed, Lower, Mode, Needs, Step, StepState, TapReference, Target, Value, elements,
+};
+use crate::tensor::kernels::Element;
+
+pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
+    Some(match op {
+        "BatchNormalization" => batch_normalization,
+        "LayerNormalization" | "RMSNormalization" => layer_normalization,
+        "InstanceNormalization" | "GroupNormalization" => group_normalization,
+        "LRN" => local_response,
+        _ => return None,
+    })
+}
+
+/// What follows a normalisation in the same pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Activation {
+    None,
+    Relu,
+}
+
+/// Whether a step's input statistics are part of the objective.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Statistics {
+    Tapped,
+    Unused,
+}
+
+/// `y = activation(a * x + b)` per channel, with the mean and biased variance of `x` over batch and
+/// space (the quantities DeepInversion compares with the running statistics).
+#[derive(Debug)]
+pub(super) struct ChannelAffine<T> {
+    pub(super) a: Vec<T>,
+    pub(super) b: Vec<T>,
+    pub(super) plane: usize,
+    pub(super) activation: Activation,
+    pub(super) statistics: Statistics,
+}
+
+/// Sums with eight independent accumulators: fast (no dependency chain) and in a fixed order.
+fn sum_of<T: Element>(x: &[T], term: impl Fn(T) -> T) -> T {
+    let mut lanes = [T::ZERO; 8];
+    let chunks = x.chunks_exact(8);
+    let rest: T = chunks.remainder().iter().map(|&v| term(v)).sum();
+    for chunk in chunks {
+        for (lane, &v) in lanes.iter_mut().zip(chunk) {
+            *lane += term(v);
+        }
+    }
+    lanes.into_iter().sum::<T>() + rest
+}
+
+impl<T: Element> ChannelAffine<T> {
+    /// Two passes: mean, then squared deviations; no cancellation.
+    fn measure(&self, x: &[T], state: &mut StepState<T>) {
+        let channels = self.a.len();
+        let images = x.len() / (channels * self.plane);
+        let count = T::of((images * self.plane).max(1) as f64);
+        let plane = |n: usize, c: usize| &x[(n * channels + c) * self.plane..][..self.plane];
+        let moments: Vec<(T, T)> = (0..channels)
+            .into_par_iter()
+            .map(|c| {
+                let mean = (0..images).map(|n| sum_of(plane(n, c), |v| v)).sum::<T>() / count;
+                let square = |v: T| (v - mean) * (v - mean);
+                let var = (0..images).map(|n| sum_of(plane(n, c), square)).sum::<T>() / count;
+                (mean, var)
+            })
+            .collect();
+        state.mean.clear();
+        state.var.clear();
+        for (mean, var) in moments {
+            state.mean.push(mean);
+            state.var.push(var);
+        }
+    }
+}
+
+impl<T: Element> Step<T> for ChannelAffine<T> {
+    fn forward(&self, inputs: &[&[T]], output: &mut [T], state: &mut StepState<T>) {
+        let x = inputs[0];
+        if self.statistics == Statistics::Tapped {
+            self.measure(x, state);
+        }
+        let channels = self.a.len();
+        let block = channels * self.plane;
+        output.par_chunks_mut(block).zip(x.par_chunks(block)).for_each(|(y, x)| {
+            let planes = y.chunks_exact_mut(self.plane).zip(x.chunks_exact(self.plane));
+            for ((y, x), (&a, &b)) in planes.zip(self.a.iter().zip(&self.b)) {
+                match self.activation {
+                    Activation::Relu => {
+                        for (y, &x) in y.iter_mut().zip(x) {
+                            *y = (a * x + b).max(T::ZERO);
+                        }
+                    }
+                    Activation::None => {
+                        for (y, &x) in y.iter_mut().zip(x) {
+                            *y = a * x + b;
+                        }
+                    }
+                }
+            }
+        });
+    }
+
+    fn absorb_relu(&mut self) -> Absorbed {
+        match self.activation {
+            Activation::None => {
+                self.activation = Activation::Relu;
+                Absorbed::Yes
+            }
+            Activation::Relu => Absorbed::No,
+        }
+    }
+
+    fn needs(&self) -> Needs {
+        if self.activation == Activation::None && self.statistics == Statistics::Unused {
+            Needs::NOTHING
+        } else {
+            Needs::INPUTS
+        }
+    }
+
+    fn backward(
+        &self,
+        _which: usize,
+        inputs: &[&[T]],
+        _output: &[T],
+        d_output: &[T],
+        target: Target<'_, T>,
+        state: &StepState<T>,
+    ) {
+        let channels = self.a.len();
+        let block = channels * self.plane;
+        let count = T::of((d_output.len() / channels).max(1) as f64);
+        // The gradient through mean and variance is affine in x: `offset + factor * x`.
+        let through: Vec<(T, T)> = (0..channels)
+            .map(|c| match (state.d_mean.get(c), state.d_var.get(c)) {
+                (Some(&d_mean), Some(&d_var)) => {
+                    let factor = T::of(2.0) * d_var / count;
+                    (d_mean / count - factor * state.mean[c], factor)
+                }
+                _ => (T::ZERO, T::ZERO),
+            })
+            .collect();
+        let mode = target.mode;
+        target.data.par_chunks_mut(block).enumerate().for_each(|(n, d)| {
+            for (c, d) in d.chunks_exact_mut(self.plane).enumerate() {
+                let start = n * block + c * self.plane;
+                let dy = &d_output[start..start + self.plane];
+                let (a, b) = (self.a[c], self.b[c]);
+                if inputs[0].is_empty() {
+                    match mode {
+                        Mode::Write => d.iter_mut().zip(dy).for_each(|(d, &g)| *d = a * g),
+                        Mode::Add => d.iter_mut().zip(dy).for_each(|(d, &g)| *d += a * g),
+                    }
+                    continue;
+                }
+                let x = &inputs[0][start..start + self.plane];
+                let (offset, factor) = through[c];
+                let relu = self.activation == Activation::Relu;
+                let gradient = |g: T, x: T| {
+                    let open = if relu && a * x + b <= T::ZERO { T::ZERO } else { a };
+                    open * g + offset + factor * x
+                };
+                let terms = d.iter_mut().zip(dy).zip(x);
+                match mode {
+                    Mode::Write => terms.for_each(|((d, &g), &x)| *d = gradient(g, x)),
+                    Mode::Add => terms.for_each(|((d, &g), &x)| *d += gradient(g, x)),
+                }
+            }
+        });
+    }
+}
+
+fn batch_normalization<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let x = lower.input(node, 0)?;
+    let mut parameters = Vec::new();
+    for index in 1..5 {
+        let tensor = lower
+            .constant_input(node, index)?
+            .ok_or_else(|| Error::input(format!("needs input `{index}`")))?;
+        parameters.push(tensor.to_f64());
+    }
+    let channels = x.shape().get(1).copied().unwrap_or(0);
+    if channels == 0 || parameters.iter().any(|p| p.len() != channels) {
+        let lengths: Vec<usize> = parameters.iter().map(Vec::len).collect();
+        return Err(Error::input(format!(
+            "parameters of {lengths:?} values do not fit an input of shape `{:?}`",
+            x.shape()
+        )));
+    }
+    let epsilon = f64::from(node.float("epsilon", 1e-5)?);
+    let (mut a, mut b) = (Vec::new(), Vec::new());
+    for c in 0..channels {
+        let scale = parameters[0][c] / (parameters[3][c] + epsilon).sqrt();
+        a.push(T::of(scale));
+        b.push(T::of(parameters[1][c] - parameters[2][c] * scale));
+    }
+    let single = |values: &[f64]| values.iter().map(|&v| v as f32).collect();
+    let tap = TapReference {
+        name: node.name.clone(),
+        mean: single(&parameters[2]),
+        var: single(&parameters[3]),
+    };
+    let step = ChannelAffine {
+        a,
+        b,
+        plane: x.shape()[2..].iter().product::<usize>().max(1),
+        activation: Activation::None,
+        statistics: Statistics::Tapped,
+    };
+    let shape = x.shape().to_vec();
+    let y = lower.emit_tapped(Box::new(step), &[x], shape, Some(tap));
+    lower.set_output(node, 0, y);
+    Ok(())
+}
+
+/// Whether the group mean is subtracted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Centre {
+    Mean,
+    Zero,
+}
+
+/// Each row of `group` values is centred and divided by its root mean square: layer, RMS, instance and
+/// group normalisation without their scale and bias.
+#[derive(Debug)]
+struct Standardize {
+    group: usize,
+    epsilon: f64,
+    centre: Centre,
+}
+
+impl<T: Element> Step<T> for Standardize {
+    fn forward(&self, inputs: &[&[T]], output: &mut [T], state: &mut StepState<T>) {
+        let rows = output.len() / self.group;
+        let count = T::of(self.group as f64);
+        state.var.resize(rows, T::ZERO);
+        let work = output
+            .par_chunks_mut(self.group)
+            .zip(inputs[0].par_chunks(self.group))
+            .zip(&mut state.var);
+        work.with_min_len(16).for_each(|((y, x), inverse)| {
+            let mean = match self.centre {
+                Centre::Mean => sum_of(x, |v| v) / count,
+                Centre::Zero => T::ZERO,
+            };
+            let var = sum_of(x, |v| (v - mean) * (v - mean)) / count;
+            *inverse = T::ONE / (var + T::of(self.epsilon)).sqrt();
+            for (y, &x) in y.iter_mut().zip(x) {
+                *y = (x - mean) * *inverse;
+            }
+        });
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::OUTPUT
+    }
+
+    fn backward(
+        &self,
+        _which: usize,
+        _inputs: &[&[T]],
+        output: &[T],
+        d_output: &[T],
+        target: Target<'_, T>,
+        state: &StepState<T>,
+    ) {
+        let count = T::of(self.group as f64);
+        let mode = target.mode;
+        target.data.par_chunks_mut(self.group).with_min_len(16).enumerate().for_each(|(row, d)| {
+            let range = row * self.group..(row + 1) * self.group;
+            let (y, dy) = (&output[range.clone()], &d_output[range]);
+            let inverse = state.var[row];
+            let mean = match self.centre {
+                Centre::Mean => sum_of(dy, |v| v) / count,
+                Centre::Zero => T::ZERO,
+            };
+            let along = dy.iter().zip(y).map(|(&g, &y)| g * y).sum::<T>() / count;
+            for ((d, &g), &y) in d.iter_mut().zip(dy).zip(y) {
+                let value = inverse * (g - mean - y * along);
+                match mode {
+                    Mode::Write => *d = value,
+                    Mode::Add => *d += value,
+                }
+            }
+        });
+    }
+}
+
+/// Emits the standardisation of rows of `group` values.
+fn standardize<T: Element>(
+    lower: &mut Lower<'_, T>,
+    x: &Value,
+    group: usize,
+    epsilon: f64,
+    centre: Centre,
+) -> Value {
+    let step = Standardize { group: group.max(1), epsilon, centre };
+    lower.emit(Box::new(step), std::slice::from_ref(x), x.shape().to_vec())
+}
+
+fn layer_normalization<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let x = lower.input(node, 0)?;
+    let axis = axis_index(node.int("axis", -1)?, x.rank())?;
+    let group: usize = x.shape()[axis..].iter().product();
+    let centre = if node.op_type == "RMSNormalization" { Centre::Zero } else { Centre::Mean };
+    let epsilon = f64::from(node.float("epsilon", 1e-5)?);
+    let mut y = standardize(lower, &x, group, epsilon, centre);
+    y = emit(lower, Binary::Mul, &y, &lower.input(node, 1)?)?;
+    if let Some(bias) = lower.optional(node, 2)? {
+        y = emit(lower, Binary::Add, &y, &bias)?;
+    }
+    if node.outputs.iter().skip(1).any(|name| !name.is_empty()) {
+        return Err(Error::unsupported("its outputs of mean and deviation"));
+    }
+    lower.set_output(node, 0, y);
+    Ok(())
+}
+
+fn group_normalization<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let x = lower.input(node, 0)?;
+    let channels = x.shape().get(1).copied().unwrap_or(0);
+    let groups = if node.op_type == "GroupNormalization" {
+        usize::try_from(node.int("num_groups", 1)?).unwrap_or(0)
+    } else {
+        channels
+    };
+    if groups == 0 || !channels.is_multiple_of(groups) {
+        return Err(Error::input(format!("{channels} channels in `{groups}` groups")));
+    }
+    let group = x.shape()[1..].iter().product::<usize>() / groups;
+    let epsilon = f64::from(node.float("epsilon", 1e-5)?);
+    let mut y = standardize(lower, &x, group, epsilon, Centre::Mean);
+    for (index, function) in [(1, Binary::Mul), (2, Binary::Add)] {
+        let tensor = lower
+            .constant_input(node, index)?
+            .ok_or_else(|| Error::input(format!("needs input `{index}`")))?;
+        let given: Vec<f64> = elements(&tensor);
+        // GroupNormalization-18 gives one value a group, 21 and Instance one a channel.
+        let repeat = channels / given.len().max(1);
+        let values: Vec<f64> =
+            given.iter().flat_map(|&v| std::iter::repeat_n(v, repeat)).collect();
+        if values.len() != channels {
+            return Err(Error::input(format!("{} values for `{channels}` channels", given.len())));
+        }
+        let mut shape = vec![channels];
+        shape.resize(x.rank() - 1, 1);
+        let operand =
+            Value::Constant(Arc::new(crate::graph::plan::from_elements(shape, tensor.dtype, &values)));
+        y = emit(lower, function, &y, &operand)?;
+    }
+    lower.set_output(node, 0, y);
+    Ok(())
+}
+
+/// Local response normalisation across channels (AlexNet, GoogLeNet).
+#[derive(Debug)]
+struct LocalResponse {
+    channels: usize,
+    plane: usize,
+    size: usize,
+    alpha: f64,
+    beta: f64,
+    bias: f64,
+}
+
+impl LocalResponse {
+    /// Channels whose squares enter channel `c`'s divisor.
+    fn window(&self, c: usize) -> std::ops::Range<usize> {
+        c.saturating_sub((self.size - 1) / 2)..(c + self.size / 2 + 1).min(self.channels)
+    }
+
+    fn divisor<T: Element>(&self, x: &[T], c: usize, i: usize) -> T {
+        let sum = self.window(c).map(|k| x[k * self.plane + i] * x[k * self.plane + i]).sum::<T>();
+        T::of(self.bias) + T::of(self.alpha / self.size as f64) * sum
+    }
+}
+
+impl<T: Element> Step<T> for LocalResponse {
+    fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
+        let block = self.channels * self.plane;
+        output.par_chunks_mut(block).zip(inputs[0].par_chunks(block)).for_each(|(y, x)| {
+            for c in 0..self.channels {
+                for i in 0..self.plane {
+                    let at = c * self.plane + i;
+                    y[at] = x[at] * self.divisor(x, c, i).powf(T::of(-self.beta));
+                }
+            }
+        });
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::INPUTS
+    }
+
+    fn backward(
+        &self,
+        _which: usize,
+        inputs: &[&[T]],
+        _output: &[T],
+        d_output: &[T],
+        mut target: Target<'_, T>,
+        _state: &StepState<T>,
+    ) {
+        target.clear_if_fresh();
+        let block = self.channels * self.plane;
+        let rows = target.data.par_chunks_mut(block).zip(inputs[0].par_chunks(block));
+        rows.zip(d_output.par_chunks(block)).for_each(|((d, x), dy)| {
+            let factor = T::of(-2.0 * self.beta * self.alpha / self.size as f64);
+            for c in 0..self.channels {
+                for i in 0..self.plane {
+                    let at = c * self.plane + i;
+                    let divisor = self.divisor(x, c, i);
+                    let scaled = divisor.powf(T::of(-self.beta));
+                    d[at] += dy[at] * scaled;
+                    let shared = factor * dy[at] * x[at] * scaled / divisor;
+                    for k in self.window(c) {
+                        d[k * self.plane + i] += shared * x[k * self.plane + i];
+                    }
+                }
+            }
+        });
+    }
+}
+
+fn local_response<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let x = lower.input(node, 0)?;
+    let [_, channels, spatial @ ..] = x.shape() else {
+        return Err(Error::input(format!("needs [N, C, ...], got shape `{:?}`", x.shape())));
+    };
+    let step = LocalResponse {
+        channels: *channels,
+        plane: spatial.iter().product::<usize>().max(1),
+        size: usize::try_from(node.int("size", 1)?)
+            .ok()
+            .filter(|&s| s > 0)
+            .ok_or_else(|| Error::input("`size` must be positive"))?,
+        alpha: f64::from(node.float("alpha", 1e-4)?),
+        beta: f64::from(node.float("beta", 0.75)?),
+        bias: f64::from(node.float("bias", 1.0)?),
+    };
+    let shape = x.shape().to_vec();
+    let y = lower.emit(Box::new(step), &[x], shape);
+    lower.set_output(node, 0, y);
+    Ok(())
+}

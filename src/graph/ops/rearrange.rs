@@ -1,0 +1,179 @@
+//! The step behind every operator that only moves values: each output element is one element of one
+//! input, or a fill value. Transpose, Slice, Concat, Pad, Expand, Gather with constant indices, nearest
+//! Resize and many more are this step with another map; their gradient is the reversed copy.
+
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::graph::ir::{ConstantData, ConstantTensor};
+use crate::graph::plan::{Lower, Mode, Needs, Step, StepState, Target, Value};
+use crate::tensor::kernels::Element;
+
+/// Where an output element comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Source {
+    /// Element `at` of input `input`.
+    Element {
+        /// Which input.
+        input: usize,
+        /// Flat position in it.
+        at: usize,
+    },
+    /// The fill value.
+    Fill,
+}
+
+/// A run of consecutive output elements that are consecutive in one input (or all fill).
+#[derive(Debug, Clone, Copy)]
+struct Run {
+    input: u32,
+    from: u32,
+    to: u32,
+    length: u32,
+}
+
+const FILL: u32 = u32::MAX;
+
+#[derive(Debug)]
+struct Rearrange<T> {
+    runs: Vec<Run>,
+    fill: T,
+}
+
+fn runs(map: impl Iterator<Item = Source>) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    for (to, source) in map.enumerate() {
+        let (input, from) = match source {
+            Source::Element { input, at } => (input as u32, at as u32),
+            Source::Fill => (FILL, 0),
+        };
+        if let Some(last) = runs.last_mut()
+            && last.input == input
+            && (input == FILL || last.from + last.length == from)
+        {
+            last.length += 1;
+            continue;
+        }
+        runs.push(Run { input, from, to: to as u32, length: 1 });
+    }
+    runs
+}
+
+impl<T: Element> Step<T> for Rearrange<T> {
+    fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
+        for run in &self.runs {
+            let (from, to, length) = (run.from as usize, run.to as usize, run.length as usize);
+            if run.input == FILL {
+                output[to..to + length].fill(self.fill);
+            } else if length == 1 {
+                output[to] = inputs[run.input as usize][from];
+            } else {
+                let input = &inputs[run.input as usize][from..from + length];
+                output[to..to + length].copy_from_slice(input);
+            }
+        }
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::NOTHING
+    }
+
+    fn backward(
+        &self,
+        which: usize,
+        _inputs: &[&[T]],
+        _output: &[T],
+        d_output: &[T],
+        mut target: Target<'_, T>,
+        _state: &StepState<T>,
+    ) {
+        target.clear_if_fresh();
+        debug_assert_eq!(target.mode, Mode::Add);
+        for run in self.runs.iter().filter(|run| run.input as usize == which) {
+            let (from, to, length) = (run.from as usize, run.to as usize, run.length as usize);
+            let d_input = &mut target.data[from..from + length];
+            for (d, &g) in d_input.iter_mut().zip(&d_output[to..to + length]) {
+                *d += g;
+            }
+        }
+    }
+}
+
+/// Emits the rearrangement of `sources` given by `map` (one entry an output element, row-major).
+///
+/// # Errors
+/// When a tensor is too large for 32-bit positions.
+pub(super) fn rearrange<T: Element>(
+    lower: &mut Lower<'_, T>,
+    sources: &[Value],
+    shape: Vec<usize>,
+    fill: f64,
+    map: impl Iterator<Item = Source>,
+) -> Result<Value> {
+    let length: usize = shape.iter().product();
+    let largest = sources.iter().map(Value::len).chain([length]).max().unwrap_or(0);
+    if largest >= u32::MAX as usize || length > super::shape::CONSTANT_LIMIT {
+        return Err(Error::unsupported(format!("makes a tensor of shape `{shape:?}`")));
+    }
+    let runs = runs(map);
+    let constants: Option<Vec<_>> = sources.iter().map(|s| s.constant().cloned()).collect();
+    match constants {
+        Some(constants) if !constants.is_empty() => {
+            let data = rearrange_constants(&constants, &runs, length, fill);
+            let dtype = constants[0].dtype;
+            Ok(Value::Constant(Arc::new(ConstantTensor { shape, dtype, data })))
+        }
+        _ => {
+            let step = Rearrange { runs, fill: T::of(fill) };
+            Ok(lower.emit(Box::new(step), sources, shape))
+        }
+    }
+}
+
+/// The same on constants, exact for integers.
+fn rearrange_constants(
+    sources: &[Arc<ConstantTensor>],
+    runs: &[Run],
+    length: usize,
+    fill: f64,
+) -> ConstantData {
+    fn copy<E: Copy>(sources: &[Vec<E>], runs: &[Run], length: usize, fill: E) -> Vec<E> {
+        let mut output = vec![fill; length];
+        for run in runs.iter().filter(|run| run.input != FILL) {
+            let (from, to, n) = (run.from as usize, run.to as usize, run.length as usize);
+            output[to..to + n].copy_from_slice(&sources[run.input as usize][from..from + n]);
+        }
+        output
+    }
+    let integers: Option<Vec<Vec<i64>>> =
+        sources.iter().map(|s| s.as_i64().map(<[i64]>::to_vec)).collect();
+    if let Some(integers) = integers {
+        return ConstantData::I64(copy(&integers, runs, length, fill as i64));
+    }
+    if sources.iter().any(|s| matches!(s.data, ConstantData::F64(_))) {
+        let values: Vec<Vec<f64>> = sources.iter().map(|s| s.to_f64()).collect();
+        return ConstantData::F64(copy(&values, runs, length, fill));
+    }
+    let values: Vec<Vec<f32>> = sources.iter().map(|s| s.to_f32()).collect();
+    ConstantData::F32(copy(&values, runs, length, fill as f32))
+}
+
+/// Calls `visit` with each multi-index of `shape` in row-major order, through an iterator of
+/// mapped values; the odometer behind all maps.
+pub(super) fn indices(shape: &[usize]) -> impl Iterator<Item = Vec<usize>> {
+    let shape = shape.to_vec();
+    let length: usize = shape.iter().product();
+    let mut index = vec![0; shape.len()];
+    (0..length).map(move |i| {
+        if i > 0 {
+            for axis in (0..shape.len()).rev() {
+                index[axis] += 1;
+                if index[axis] < shape[axis] {
+                    break;
+                }
+                index[axis] = 0;
+            }
+        }
+        index.clone()
+    })
+}

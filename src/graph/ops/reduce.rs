@@ -1,0 +1,199 @@
+//! Reductions over axes: sum, mean, max, min, product, norms, log-sum-exp. A tie of a maximum shares
+//! its gradient equally among the tied (PyTorch's amax).
+
+use rayon::prelude::*;
+
+use super::Rule;
+use super::arrange::{permute, sorted_axes};
+use super::elementwise::{Function, apply};
+use crate::error::Result;
+use crate::graph::ir::Node;
+use crate::graph::plan::{Lower, Mode, Needs, Step, StepState, Target, Value};
+use crate::tensor::kernels::Element;
+
+/// How the elements of a group become one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reduction {
+    Sum,
+    Mean,
+    Max,
+    Min,
+    Product,
+    LogSumExp,
+}
+
+/// Reduces the middle of [outer, group, inner].
+#[derive(Debug)]
+struct Reduce {
+    kind: Reduction,
+    group: usize,
+    inner: usize,
+}
+
+impl Reduce {
+    /// The elements of the group of one output, by index into the input.
+    fn members(&self, output: usize) -> impl Iterator<Item = usize> + Clone {
+        let start = output / self.inner * self.group * self.inner + output % self.inner;
+        let inner = self.inner;
+        (0..self.group).map(move |i| start + i * inner)
+    }
+
+    fn value<T: Element>(&self, x: &[T], output: usize) -> T {
+        let values = self.members(output).map(|i| x[i]);
+        match self.kind {
+            Reduction::Sum => values.sum(),
+            Reduction::Mean => values.sum::<T>() / T::of(self.group as f64),
+            Reduction::Max => values.reduce(T::max).unwrap_or(T::of(f64::NEG_INFINITY)),
+            Reduction::Min => values.reduce(T::min).unwrap_or(T::of(f64::INFINITY)),
+            Reduction::Product => values.fold(T::ONE, |a, b| a * b),
+            Reduction::LogSumExp => {
+                let top = values.clone().reduce(T::max).unwrap_or(T::ZERO);
+                top + values.map(|v| (v - top).exp()).sum::<T>().ln()
+            }
+        }
+    }
+}
+
+impl<T: Element> Step<T> for Reduce {
+    fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
+        let x = inputs[0];
+        output.par_iter_mut().with_min_len(256).enumerate().for_each(|(o, y)| {
+            *y = self.value(x, o);
+        });
+    }
+
+    fn needs(&self) -> Needs {
+        match self.kind {
+            Reduction::Sum | Reduction::Mean => Needs::NOTHING,
+            _ => Needs { inputs: crate::graph::plan::Reads::Yes, ..Needs::OUTPUT },
+        }
+    }
+
+    fn backward(
+        &self,
+        _which: usize,
+        inputs: &[&[T]],
+        output: &[T],
+        d_output: &[T],
+        mut target: Target<'_, T>,
+        _state: &StepState<T>,
+    ) {
+        if let Reduction::Sum | Reduction::Mean = self.kind {
+            let share = match self.kind {
+                Reduction::Mean => T::ONE / T::of(self.group as f64),
+                _ => T::ONE,
+            };
+            let block = self.group * self.inner;
+            let mode = target.mode;
+            let rows = target.data.chunks_exact_mut(block).zip(d_output.chunks_exact(self.inner));
+            for (d, dy) in rows {
+                for d in d.chunks_exact_mut(self.inner) {
+                    match mode {
+                        Mode::Write => d.iter_mut().zip(dy).for_each(|(d, &g)| *d = g * share),
+                        Mode::Add => d.iter_mut().zip(dy).for_each(|(d, &g)| *d += g * share),
+                    }
+                }
+            }
+            return;
+        }
+        target.clear_if_fresh();
+        let x = inputs[0];
+        for o in 0..output.len() {
+            let (y, dy) = (output[o], d_output[o]);
+            match self.kind {
+                Reduction::Max | Reduction::Min => {
+                    let ties = self.members(o).filter(|&i| x[i] == y).count().max(1);
+                    let share = dy / T::of(ties as f64);
+                    self.members(o).filter(|&i| x[i] == y).for_each(|i| target.data[i] += share);
+                }
+                Reduction::LogSumExp => {
+                    self.members(o).for_each(|i| target.data[i] += dy * (x[i] - y).exp());
+                }
+                _ => {
+                    // Product of the others: those before times those after, right also with zeros.
+                    let members: Vec<usize> = self.members(o).collect();
+                    let mut before = Vec::with_capacity(members.len());
+                    let mut product = T::ONE;
+                    for &i in &members {
+                        before.push(product);
+                        product = product * x[i];
+                    }
+                    let mut after = T::ONE;
+                    for (&i, &before) in members.iter().zip(&before).rev() {
+                        target.data[i] += dy * before * after;
+                        after = after * x[i];
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Emits a reduction of `x` over `axes` (sorted), keeping them with size 1.
+pub(super) fn reduce_axes<T: Element>(
+    lower: &mut Lower<'_, T>,
+    kind: Reduction,
+    x: &Value,
+    axes: &[usize],
+) -> Result<Value> {
+    let mut kept = x.shape().to_vec();
+    axes.iter().for_each(|&axis| kept[axis] = 1);
+    let contiguous = axes.windows(2).all(|pair| pair[1] == pair[0] + 1);
+    let (source, outer_axes): (Value, usize) = if contiguous {
+        (x.clone(), axes.first().copied().unwrap_or(0))
+    } else {
+        let mut permutation: Vec<usize> = (0..x.rank()).filter(|a| !axes.contains(a)).collect();
+        permutation.extend_from_slice(axes);
+        (permute(lower, x, &permutation)?, x.rank() - axes.len())
+    };
+    let shape = source.shape();
+    let group = shape[outer_axes..outer_axes + axes.len()].iter().product();
+    let inner: usize = shape[outer_axes + axes.len()..].iter().product();
+    let step = Reduce { kind, group, inner: inner.max(1) };
+    Ok(lower.emit(Box::new(step), &[source], kept))
+}
+
+pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
+    match op {
+        "ReduceSum" | "ReduceMean" | "ReduceMax" | "ReduceMin" | "ReduceProd" | "ReduceL1"
+        | "ReduceL2" | "ReduceLogSum" | "ReduceLogSumExp" | "ReduceSumSquare" => Some(reduce),
+        _ => None,
+    }
+}
+
+fn reduce<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let x = lower.input(node, 0)?;
+    let given = sorted_axes(lower, node, 1, x.rank())?.filter(|axes| !axes.is_empty());
+    let y = match given {
+        None if node.int("noop_with_empty_axes", 0)? != 0 => x,
+        given => {
+            let axes = given.unwrap_or_else(|| (0..x.rank()).collect());
+            let none = (0.0, 0.0);
+            let (before, kind, after) = match node.op_type.as_str() {
+                "ReduceMean" => (None, Reduction::Mean, None),
+                "ReduceMax" => (None, Reduction::Max, None),
+                "ReduceMin" => (None, Reduction::Min, None),
+                "ReduceProd" => (None, Reduction::Product, None),
+                "ReduceL1" => (Some(Function::Abs), Reduction::Sum, None),
+                "ReduceL2" => (Some(Function::Square), Reduction::Sum, Some(Function::Sqrt)),
+                "ReduceLogSum" => (None, Reduction::Sum, Some(Function::Log)),
+                "ReduceLogSumExp" => (None, Reduction::LogSumExp, None),
+                "ReduceSumSquare" => (Some(Function::Square), Reduction::Sum, None),
+                _ => (None, Reduction::Sum, None),
+            };
+            let x = before.map_or_else(|| x.clone(), |f| apply(lower, f, none, &x));
+            let mut y = reduce_axes(lower, kind, &x, &axes)?;
+            if let Some(f) = after {
+                y = apply(lower, f, none, &y);
+            }
+            if node.int("keepdims", 1)? == 0 {
+                let kept = (0..y.rank()).filter(|axis| !axes.contains(axis));
+                let shape = kept.map(|axis| y.shape()[axis]).collect();
+                y = lower.reshape(&y, shape)?;
+            }
+            y
+        }
+    };
+    lower.set_output(node, 0, y);
+    Ok(())
+}

@@ -1,0 +1,108 @@
+//! Softmax and LogSoftmax along one axis (opset 13 on) or over all axes from one on (before 13).
+
+use rayon::prelude::*;
+
+use super::arrange::permute;
+use super::{Rule, axis_index};
+use crate::error::Result;
+use crate::graph::ir::Node;
+use crate::graph::plan::{Lower, Mode, Needs, Step, StepState, Target};
+use crate::tensor::kernels::Element;
+
+pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
+    match op {
+        "Softmax" | "LogSoftmax" => Some(softmax),
+        _ => None,
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Softmax,
+    LogSoftmax,
+}
+
+/// Normalises each row of `row` values.
+#[derive(Debug)]
+struct Softmax {
+    kind: Kind,
+    row: usize,
+}
+
+impl<T: Element> Step<T> for Softmax {
+    fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
+        let rows = output.par_chunks_mut(self.row).zip(inputs[0].par_chunks(self.row));
+        rows.with_min_len(32).for_each(|(y, x)| {
+            let top = x.iter().copied().fold(T::of(f64::NEG_INFINITY), T::max);
+            let mut sum = T::ZERO;
+            for (y, &x) in y.iter_mut().zip(x) {
+                *y = (x - top).exp();
+                sum += *y;
+            }
+            match self.kind {
+                Kind::Softmax => y.iter_mut().for_each(|y| *y /= sum),
+                Kind::LogSoftmax => {
+                    let log = top + sum.ln();
+                    y.iter_mut().zip(x).for_each(|(y, &x)| *y = x - log);
+                }
+            }
+        });
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::OUTPUT
+    }
+
+    fn backward(
+        &self,
+        _which: usize,
+        _inputs: &[&[T]],
+        output: &[T],
+        d_output: &[T],
+        target: Target<'_, T>,
+        _state: &StepState<T>,
+    ) {
+        let mode = target.mode;
+        target.data.par_chunks_mut(self.row).with_min_len(32).enumerate().for_each(|(row, d)| {
+            let range = row * self.row..(row + 1) * self.row;
+            let (y, dy) = (&output[range.clone()], &d_output[range]);
+            let dot: T = match self.kind {
+                Kind::Softmax => y.iter().zip(dy).map(|(&y, &g)| y * g).sum(),
+                Kind::LogSoftmax => dy.iter().copied().sum(),
+            };
+            for ((d, &g), &y) in d.iter_mut().zip(dy).zip(y) {
+                let value = match self.kind {
+                    Kind::Softmax => y * (g - dot),
+                    Kind::LogSoftmax => g - y.exp() * dot,
+                };
+                match mode {
+                    Mode::Write => *d = value,
+                    Mode::Add => *d += value,
+                }
+            }
+        });
+    }
+}
+
+fn softmax<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let x = lower.input(node, 0)?;
+    let kind = if node.op_type == "Softmax" { Kind::Softmax } else { Kind::LogSoftmax };
+    let old = lower.opset < 13;
+    let axis = axis_index(node.int("axis", if old { 1 } else { -1 })?, x.rank())?;
+    let rank = x.rank();
+    if old || axis + 1 == rank {
+        let row = if old { x.shape()[axis..].iter().product() } else { x.shape()[axis] };
+        let shape = x.shape().to_vec();
+        let y = lower.emit(Box::new(Softmax { kind, row }), &[x], shape);
+        lower.set_output(node, 0, y);
+        return Ok(());
+    }
+    let mut swap: Vec<usize> = (0..rank).collect();
+    swap.swap(axis, rank - 1);
+    let moved = permute(lower, &x, &swap)?;
+    let (row, shape) = (moved.shape()[rank - 1], moved.shape().to_vec());
+    let y = lower.emit(Box::new(Softmax { kind, row }), &[moved], shape);
+    let y = permute(lower, &y, &swap)?;
+    lower.set_output(node, 0, y);
+    Ok(())
+}
