@@ -408,10 +408,9 @@ fn select<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()
     let condition =
         lower.constant_input(node, 0)?.ok_or_else(|| Error::input("needs input `0`"))?;
     let (yes, no) = (lower.input(node, 1)?, lower.input(node, 2)?);
-    let shape =
-        broadcast_shape(&broadcast_shape(&condition.shape, yes.shape())?, no.shape())?;
-    let spread = [&condition.shape[..], yes.shape(), no.shape()]
-        .map(|from| broadcast_strides(from, &shape));
+    let shape = broadcast_shape(&broadcast_shape(&condition.shape, yes.shape())?, no.shape())?;
+    let spread =
+        [&condition.shape[..], yes.shape(), no.shape()].map(|from| broadcast_strides(from, &shape));
     let truth: Vec<bool> = condition.to_f64().iter().map(|&v| v != 0.0).collect();
     let map = indices(&shape).map(move |index| {
         let input = usize::from(!truth[dot(&index, &spread[0])]);

@@ -91,7 +91,13 @@ impl Binary {
             Self::Pow => power(a, b),
             Self::Min => a.min(b),
             Self::Max => a.max(b),
-            Self::PRelu => if a > T::ZERO { a } else { a * b },
+            Self::PRelu => {
+                if a > T::ZERO {
+                    a
+                } else {
+                    a * b
+                }
+            }
         }
     }
 
@@ -109,10 +115,28 @@ impl Binary {
                 [if b == zero { zero } else { b * power(a, b - one) }, db]
             }
             Self::Min if a == b => [half, half],
-            Self::Min => if a < b { [one, zero] } else { [zero, one] },
+            Self::Min => {
+                if a < b {
+                    [one, zero]
+                } else {
+                    [zero, one]
+                }
+            }
             Self::Max if a == b => [half, half],
-            Self::Max => if a > b { [one, zero] } else { [zero, one] },
-            Self::PRelu => if a > zero { [one, zero] } else { [b, a] },
+            Self::Max => {
+                if a > b {
+                    [one, zero]
+                } else {
+                    [zero, one]
+                }
+            }
+            Self::PRelu => {
+                if a > zero {
+                    [one, zero]
+                } else {
+                    [b, a]
+                }
+            }
         }
     }
 }
@@ -314,7 +338,8 @@ fn two<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
     let (a, mut b) = (lower.input(node, 0)?, lower.input(node, 1)?);
     // Opset 6 and before: explicit broadcast of b along `axis`.
     if lower.opset < 7 && node.int("broadcast", 0)? != 0 {
-        let axis = super::axis_index(node.int("axis", a.rank() as i64 - b.rank() as i64)?, a.rank())?;
+        let axis =
+            super::axis_index(node.int("axis", a.rank() as i64 - b.rank() as i64)?, a.rank())?;
         let mut shape = b.shape().to_vec();
         shape.resize(a.rank() - axis, 1);
         b = lower.reshape(&b, shape)?;

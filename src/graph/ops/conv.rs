@@ -91,7 +91,8 @@ pub(super) fn window(node: &Node, kernel: &[usize], input: &[usize]) -> Result<W
             for axis in 0..axes {
                 let output = input[axis].div_ceil(stride[axis]);
                 let reach = dilation[axis] * (kernel[axis] - 1) + 1;
-                let total = ((output.max(1) - 1) * stride[axis] + reach).saturating_sub(input[axis]);
+                let total =
+                    ((output.max(1) - 1) * stride[axis] + reach).saturating_sub(input[axis]);
                 let small = total / 2;
                 let large = total - small;
                 let upper = same == "SAME_UPPER";

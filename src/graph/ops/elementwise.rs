@@ -7,9 +7,7 @@ use rayon::prelude::*;
 use super::Rule;
 use crate::error::{Error, Result};
 use crate::graph::ir::Node;
-use crate::graph::plan::{
-    Differentiable, Lower, Mode, Needs, Step, StepState, Target, Value,
-};
+use crate::graph::plan::{Differentiable, Lower, Mode, Needs, Step, StepState, Target, Value};
 use crate::tensor::kernels::Element;
 use crate::tensor::kernels::special::{erf, normal_density};
 
@@ -77,17 +75,43 @@ impl<T: Element> Elementwise<T> {
         let (a, b, zero, one) = (self.a, self.b, T::ZERO, T::ONE);
         match self.function {
             Function::Relu => x.max(zero),
-            Function::LeakyRelu => if x > zero { x } else { a * x },
-            Function::ThresholdedRelu => if x > a { x } else { zero },
-            Function::Elu => if x > zero { x } else { a * (x.exp() - one) },
+            Function::LeakyRelu => {
+                if x > zero {
+                    x
+                } else {
+                    a * x
+                }
+            }
+            Function::ThresholdedRelu => {
+                if x > a {
+                    x
+                } else {
+                    zero
+                }
+            }
+            Function::Elu => {
+                if x > zero {
+                    x
+                } else {
+                    a * (x.exp() - one)
+                }
+            }
             Function::Celu => x.max(zero) + (a * ((x / a).exp() - one)).min(zero),
-            Function::Selu => if x > zero { b * x } else { b * a * (x.exp() - one) },
+            Function::Selu => {
+                if x > zero {
+                    b * x
+                } else {
+                    b * a * (x.exp() - one)
+                }
+            }
             Function::Sigmoid => sigmoid(x),
             Function::HardSigmoid => (a * x + b).max(zero).min(one),
             Function::HardSwish => x * (a * x + b).max(zero).min(one),
             Function::Swish => x * sigmoid(a * x),
             Function::Mish => x * softplus(x).tanh(),
-            Function::Gelu => T::of(0.5) * x * (one + erf(x * T::of(std::f64::consts::FRAC_1_SQRT_2))),
+            Function::Gelu => {
+                T::of(0.5) * x * (one + erf(x * T::of(std::f64::consts::FRAC_1_SQRT_2)))
+            }
             Function::GeluTanh => {
                 let inner = T::of(GELU_C) * (x + T::of(GELU_K) * x * x * x);
                 T::of(0.5) * x * (one + inner.tanh())
@@ -111,7 +135,13 @@ impl<T: Element> Elementwise<T> {
             Function::Ceil => -(-x).floor(),
             Function::Round => T::of(x.f64().round_ties_even()),
             Function::Sign => {
-                if x > zero { one } else if x < zero { -one } else { zero }
+                if x > zero {
+                    one
+                } else if x < zero {
+                    -one
+                } else {
+                    zero
+                }
             }
         }
     }
@@ -121,14 +151,56 @@ impl<T: Element> Elementwise<T> {
         let (a, b, zero, one) = (self.a, self.b, T::ZERO, T::ONE);
         let half = T::of(0.5);
         match self.function {
-            Function::Relu => if y > zero { one } else { zero },
-            Function::LeakyRelu => if x > zero { one } else { a },
-            Function::ThresholdedRelu => if x > a { one } else { zero },
-            Function::Elu => if x > zero { one } else { y + a },
-            Function::Celu => if x > zero { one } else { (x / a).exp() },
-            Function::Selu => if x > zero { b } else { y + a * b },
+            Function::Relu => {
+                if y > zero {
+                    one
+                } else {
+                    zero
+                }
+            }
+            Function::LeakyRelu => {
+                if x > zero {
+                    one
+                } else {
+                    a
+                }
+            }
+            Function::ThresholdedRelu => {
+                if x > a {
+                    one
+                } else {
+                    zero
+                }
+            }
+            Function::Elu => {
+                if x > zero {
+                    one
+                } else {
+                    y + a
+                }
+            }
+            Function::Celu => {
+                if x > zero {
+                    one
+                } else {
+                    (x / a).exp()
+                }
+            }
+            Function::Selu => {
+                if x > zero {
+                    b
+                } else {
+                    y + a * b
+                }
+            }
             Function::Sigmoid => y * (one - y),
-            Function::HardSigmoid => if y > zero && y < one { a } else { zero },
+            Function::HardSigmoid => {
+                if y > zero && y < one {
+                    a
+                } else {
+                    zero
+                }
+            }
             Function::HardSwish => {
                 let gate = a * x + b;
                 if gate <= zero {
@@ -169,8 +241,22 @@ impl<T: Element> Elementwise<T> {
             Function::Sqrt => half / y,
             Function::Reciprocal => -(y * y),
             Function::Neg => -one,
-            Function::Abs => if x > zero { one } else if x < zero { -one } else { zero },
-            Function::Clip => if x >= a && x <= b { one } else { zero },
+            Function::Abs => {
+                if x > zero {
+                    one
+                } else if x < zero {
+                    -one
+                } else {
+                    zero
+                }
+            }
+            Function::Clip => {
+                if x >= a && x <= b {
+                    one
+                } else {
+                    zero
+                }
+            }
             Function::Sin => T::of(x.f64().cos()),
             Function::Cos => -T::of(x.f64().sin()),
             Function::Square => x + x,

@@ -99,9 +99,10 @@ pub(crate) fn outer_names(node: &Node) -> Vec<&str> {
 /// When it is outside that range.
 pub(crate) fn axis_index(axis: i64, rank: usize) -> Result<usize> {
     let index = if axis < 0 { axis + rank as i64 } else { axis };
-    usize::try_from(index).ok().filter(|&i| i < rank.max(1)).ok_or_else(|| {
-        Error::input(format!("axis `{axis}` is outside a tensor of rank {rank}"))
-    })
+    usize::try_from(index)
+        .ok()
+        .filter(|&i| i < rank.max(1))
+        .ok_or_else(|| Error::input(format!("axis `{axis}` is outside a tensor of rank {rank}")))
 }
 
 /// Row-major strides of `shape`.

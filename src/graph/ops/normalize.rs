@@ -351,15 +351,17 @@ fn group_normalization<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node)
         let given: Vec<f64> = elements(&tensor);
         // GroupNormalization-18 gives one value a group, 21 and Instance one a channel.
         let repeat = channels / given.len().max(1);
-        let values: Vec<f64> =
-            given.iter().flat_map(|&v| std::iter::repeat_n(v, repeat)).collect();
+        let values: Vec<f64> = given.iter().flat_map(|&v| std::iter::repeat_n(v, repeat)).collect();
         if values.len() != channels {
             return Err(Error::input(format!("{} values for `{channels}` channels", given.len())));
         }
         let mut shape = vec![channels];
         shape.resize(x.rank() - 1, 1);
-        let operand =
-            Value::Constant(Arc::new(crate::graph::plan::from_elements(shape, tensor.dtype, &values)));
+        let operand = Value::Constant(Arc::new(crate::graph::plan::from_elements(
+            shape,
+            tensor.dtype,
+            &values,
+        )));
         y = emit(lower, function, &y, &operand)?;
     }
     lower.set_output(node, 0, y);

@@ -63,7 +63,8 @@ impl Pool {
 
 impl<T: Element> Step<T> for Pool {
     fn forward(&self, inputs: &[&[T]], output: &mut [T], state: &mut StepState<T>) {
-        let (in_plane, out_plane) = (self.input[0] * self.input[1], self.output[0] * self.output[1]);
+        let (in_plane, out_plane) =
+            (self.input[0] * self.input[1], self.output[0] * self.output[1]);
         let planes = 16;
         let x = inputs[0].par_chunks(planes * in_plane);
         if self.kind == Kind::Max {
@@ -115,7 +116,8 @@ impl<T: Element> Step<T> for Pool {
         state: &StepState<T>,
     ) {
         target.clear_if_fresh();
-        let (in_plane, out_plane) = (self.input[0] * self.input[1], self.output[0] * self.output[1]);
+        let (in_plane, out_plane) =
+            (self.input[0] * self.input[1], self.output[0] * self.output[1]);
         let planes = 16;
         let dx = target.data.par_chunks_mut(planes * in_plane);
         let dy = d_output.par_chunks(planes * out_plane);
@@ -153,7 +155,10 @@ impl<T: Element> Step<T> for Pool {
 impl Pool {
     fn is_plain_halving(&self) -> bool {
         let Window { kernel, stride, dilation, pads } = self.window;
-        kernel == [2, 2] && stride == [2, 2] && dilation == [1, 1] && pads == [0; 4]
+        kernel == [2, 2]
+            && stride == [2, 2]
+            && dilation == [1, 1]
+            && pads == [0; 4]
             && self.output[0] * 2 <= self.input[0]
             && self.output[1] * 2 <= self.input[1]
     }
@@ -240,9 +245,10 @@ fn pool<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> 
     for axis in 0..2 {
         let Window { kernel, stride, dilation, pads } = window;
         let reach = dilation[axis] * (kernel[axis] - 1) + 1;
-        let room = (input[axis] + pads[axis] + pads[axis + 2])
-            .checked_sub(reach)
-            .ok_or_else(|| Error::input(format!("window {kernel:?} exceeds input `{spatial:?}`")))?;
+        let room =
+            (input[axis] + pads[axis] + pads[axis + 2]).checked_sub(reach).ok_or_else(|| {
+                Error::input(format!("window {kernel:?} exceeds input `{spatial:?}`"))
+            })?;
         if pads[axis] >= reach || pads[axis + 2] >= reach {
             return Err(Error::input(format!("pads `{pads:?}` exceed the window")));
         }
@@ -272,8 +278,7 @@ fn pool<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> 
 fn global<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
     let x = lower.input(node, 0)?;
     let axes: Vec<usize> = (2..x.rank()).collect();
-    let kind =
-        if node.op_type == "GlobalMaxPool" { Reduction::Max } else { Reduction::Mean };
+    let kind = if node.op_type == "GlobalMaxPool" { Reduction::Max } else { Reduction::Mean };
     let y = reduce_axes(lower, kind, &x, &axes)?;
     lower.set_output(node, 0, y);
     Ok(())

@@ -160,7 +160,7 @@ fn rearrange_constants(
 
 /// Calls `visit` with each multi-index of `shape` in row-major order, through an iterator of
 /// mapped values; the odometer behind all maps.
-pub(super) fn indices(shape: &[usize]) -> impl Iterator<Item = Vec<usize>> {
+pub(super) fn indices(shape: &[usize]) -> impl Iterator<Item = Vec<usize>> + use<> {
     let shape = shape.to_vec();
     let length: usize = shape.iter().product();
     let mut index = vec![0; shape.len()];

@@ -2,10 +2,10 @@
 
 use std::collections::HashSet;
 
+use super::Plan;
 use super::lower::{Lower, StepRecord, Value};
 use super::schedule::Schedule;
 use super::step::{Differentiable, Operand};
-use super::Plan;
 use crate::error::{Error, Result, ResultExt};
 use crate::graph::ir::{DataType, Graph, Node};
 use crate::graph::ops;
@@ -30,10 +30,11 @@ impl<T: Element> Plan<T> {
     /// that must be constant depends on the images.
     pub fn compile(graph: &Graph, options: &CompileOptions) -> Result<Self> {
         let mut lower = Lower::<T>::new(graph);
-        let port = graph.inputs.iter().find(|port| port.name == options.input).ok_or_else(|| {
-            let names: Vec<&str> = graph.inputs.iter().map(|p| p.name.as_str()).collect();
-            Error::input(format!("no graph input `{}` among {names:?}", options.input))
-        })?;
+        let port =
+            graph.inputs.iter().find(|port| port.name == options.input).ok_or_else(|| {
+                let names: Vec<&str> = graph.inputs.iter().map(|p| p.name.as_str()).collect();
+                Error::input(format!("no graph input `{}` among {names:?}", options.input))
+            })?;
         let dtype = if port.dtype.is_float() { port.dtype } else { DataType::Float32 };
         let input = lower.live(options.input_shape.clone(), dtype);
         lower.define(&port.name, input.clone());

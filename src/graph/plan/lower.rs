@@ -234,10 +234,7 @@ impl<'g, T: Element> Lower<'g, T> {
     /// When the lengths differ.
     pub fn reshape(&mut self, value: &Value, shape: Vec<usize>) -> Result<Value> {
         if shape.iter().product::<usize>() != value.len() {
-            return Err(Error::input(format!(
-                "cannot reshape {:?} to `{shape:?}`",
-                value.shape()
-            )));
+            return Err(Error::input(format!("cannot reshape {:?} to `{shape:?}`", value.shape())));
         }
         Ok(match value {
             Value::Live { id, dtype, .. } => Value::Live { id: *id, shape, dtype: *dtype },

@@ -11,11 +11,9 @@ mod schedule;
 mod step;
 
 pub use compile::CompileOptions;
-pub(crate) use compile::lower_node;
+
 pub use lower::{Lower, TapReference, Value, data_dependent, elements, from_elements};
-pub use step::{
-    Absorbed, Differentiable, Mode, Needs, Operand, Reads, Step, StepState, Target,
-};
+pub use step::{Absorbed, Differentiable, Mode, Needs, Operand, Reads, Step, StepState, Target};
 
 pub(crate) use lower::StepRecord;
 use schedule::Schedule;
@@ -117,7 +115,13 @@ impl<T: Element> Plan<T> {
     }
 
     /// Sets the gradient of the objective to the statistics of tap `tap`, for the next backward.
-    pub fn set_tap_gradient(&self, workspace: &mut Workspace<T>, tap: usize, mean: &[T], var: &[T]) {
+    pub fn set_tap_gradient(
+        &self,
+        workspace: &mut Workspace<T>,
+        tap: usize,
+        mean: &[T],
+        var: &[T],
+    ) {
         let state = &mut workspace.states[self.taps[tap]];
         state.d_mean.clear();
         state.d_mean.extend_from_slice(mean);
@@ -166,8 +170,7 @@ impl<T: Element> Plan<T> {
                         Reads::No => &[],
                     };
                     let d_output = &workspace.buffers[slot][..length];
-                    let target =
-                        Target { data: &mut data[..self.lengths[id]], mode: written[id] };
+                    let target = Target { data: &mut data[..self.lengths[id]], mode: written[id] };
                     let state = &workspace.states[index];
                     record.step.backward(which, &inputs, output, d_output, target, state);
                 }

@@ -106,11 +106,8 @@ fn wants_gradient<T: crate::tensor::kernels::Element>(
 /// Best fit: the smallest free buffer that holds the value, else the largest grown, else a new one.
 fn assign(mut intervals: Vec<Interval>, values: usize) -> Schedule {
     intervals.sort_by_key(|i| (i.start, std::cmp::Reverse(i.size), i.value, i.is_gradient));
-    let mut schedule = Schedule {
-        sizes: Vec::new(),
-        forward: vec![0; values],
-        gradient: vec![None; values],
-    };
+    let mut schedule =
+        Schedule { sizes: Vec::new(), forward: vec![0; values], gradient: vec![None; values] };
     let mut busy_until: Vec<usize> = Vec::new();
     let mut free_since_start: Vec<bool> = Vec::new();
     for interval in intervals {
@@ -120,7 +117,11 @@ fn assign(mut intervals: Vec<Interval>, values: usize) -> Schedule {
         let free = (0..busy_until.len()).filter(|&slot| free_since_start[slot]);
         let best = free.min_by_key(|&slot| {
             let size = schedule.sizes[slot];
-            if size >= interval.size { (0, size - interval.size) } else { (1, interval.size - size) }
+            if size >= interval.size {
+                (0, size - interval.size)
+            } else {
+                (1, interval.size - size)
+            }
         });
         let slot = best.unwrap_or_else(|| {
             schedule.sizes.push(0);

@@ -106,13 +106,7 @@ fn images_per_task(batch: usize) -> usize {
 ///
 /// # Panics
 /// When a slice does not have the size the geometry says (a defect of the caller).
-pub fn conv2d<T: Element>(
-    g: &Conv2dGeometry,
-    x: &[T],
-    w: &[T],
-    bias: Option<&[T]>,
-    y: &mut [T],
-) {
+pub fn conv2d<T: Element>(g: &Conv2dGeometry, x: &[T], w: &[T], bias: Option<&[T]>, y: &mut [T]) {
     let (input, output) = (g.input_stride(), g.output_stride());
     assert_eq!(x.len(), g.batch * input, "conv2d: input size");
     assert_eq!(w.len(), g.weights(), "conv2d: weight size");
@@ -150,7 +144,8 @@ fn tiles(images: usize, height: usize, rows: usize) -> Vec<Vec<RowRun>> {
         let mut image = 0;
         while image < images {
             let end = (image + per_tile).min(images);
-            tiles.push((image..end).map(|i| RowRun { image: i, first: 0, count: height }).collect());
+            tiles
+                .push((image..end).map(|i| RowRun { image: i, first: 0, count: height }).collect());
             image = end;
         }
     } else {
@@ -271,7 +266,8 @@ fn im2col<T: Element>(
                 let (low, high) = valid_columns(g, kx, width);
                 let mut out = row.chunks_exact_mut(width);
                 for run in tile {
-                    let x = &x[run.image * g.input_stride() + (group * in_group + channel) * plane..]
+                    let x = &x
+                        [run.image * g.input_stride() + (group * in_group + channel) * plane..]
                         [..plane];
                     for oy in run.first..run.first + run.count {
                         let Some(out) = out.next() else { return };
@@ -302,13 +298,7 @@ fn im2col<T: Element>(
 }
 
 /// Adds the patch gradients `col` [patch, columns] of one image's row run to its input gradient.
-fn col2im<T: Element>(
-    g: &Conv2dGeometry,
-    col: &[T],
-    group: usize,
-    run: RowRun,
-    dx: &mut [T],
-) {
+fn col2im<T: Element>(g: &Conv2dGeometry, col: &[T], group: usize, run: RowRun, dx: &mut [T]) {
     let width = g.output()[1];
     let in_group = g.in_channels / g.groups;
     let plane = g.input[0] * g.input[1];
