@@ -7,6 +7,7 @@ pub mod adapter;
 pub mod black;
 pub mod budget;
 pub mod library;
+pub mod probe;
 pub mod runtime;
 pub mod session;
 pub mod teacher;

@@ -179,11 +179,53 @@ impl Session {
     }
 }
 
-/// First line of ONNX Runtime's message, at most 300 characters: it quotes model-supplied strings.
+/// What ONNX Runtime's message says to a user: one line, without C++ places, at most 300 characters (it
+/// quotes strings of the model).
 fn brief(error: &ort::Error) -> String {
-    let line =
-        error.message().lines().find(|line| !line.trim().is_empty()).unwrap_or("no reason given");
-    line.chars().filter(|c| !c.is_control()).take(300).collect()
+    readable(error.message())
+}
+
+fn readable(message: &str) -> String {
+    let line = message.lines().find(|line| !line.trim().is_empty()).unwrap_or("no reason given");
+    let line = line.split_once("Status Message: ").map_or(line, |(_, text)| text);
+    let line = match line.split_once(" failed:") {
+        Some((start, text)) if start.starts_with("Load model from") => text,
+        _ => line,
+    };
+    let line: String = line.chars().filter(|c| !c.is_control()).collect();
+    let line = match line.find("/onnxruntime_src/") {
+        // `WHAT: /onnxruntime_src/FILE.cc:12 TYPE FUNCTION(ARGUMENTS) const [with T = X] TEXT`
+        Some(at) => {
+            let (before, place) = line.split_at(at);
+            after_signature(place)
+                .map_or_else(|| before.to_owned(), |text| format!("{before}{text}"))
+        }
+        None => line,
+    };
+    line.trim().chars().take(300).collect()
+}
+
+/// The text behind a C++ function signature.
+fn after_signature(place: &str) -> Option<&str> {
+    let rest = after_brackets(&place[place.find('(')?..], ['(', ')'])?;
+    let rest = rest.trim_start().trim_start_matches("const ");
+    if rest.starts_with("[with ") { after_brackets(rest, ['[', ']']) } else { Some(rest) }
+}
+
+/// What follows the bracket that `text` opens with.
+fn after_brackets(text: &str, [open, close]: [char; 2]) -> Option<&str> {
+    let mut depth = 0usize;
+    for (at, c) in text.char_indices() {
+        if c == open {
+            depth += 1;
+        } else if c == close {
+            depth = depth.checked_sub(1)?;
+            if depth == 0 {
+                return Some(&text[at + c.len_utf8()..]);
+            }
+        }
+    }
+    None
 }
 
 fn port(outlet: &Outlet) -> Port {
@@ -235,4 +277,37 @@ fn read<T: PrimitiveTensorElementType + Clone>(
     let (shape, values) = value.try_extract_tensor::<T>()?;
     let shape = shape.iter().map(|&dim| usize::try_from(dim).unwrap_or(0)).collect();
     Ok((shape, wrap(values.to_vec())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_lose_their_cpp_places_and_keep_their_meaning() {
+        let cases = [
+            (
+                "Load model from /a/b.onnx failed:Protobuf parsing failed.",
+                "Protobuf parsing failed.",
+            ),
+            (
+                "Non-zero status code returned while running Pad node. Name:'' Status Message: \
+                 /onnxruntime_src/onnxruntime/core/framework/bfc_arena.cc:360 void* \
+                 onnxruntime::BFCArena::AllocateRawInternal(size_t, bool, onnxruntime::Stream*) \
+                 Failed to allocate memory for requested buffer of size 68719476992",
+                "Failed to allocate memory for requested buffer of size 68719476992",
+            ),
+            (
+                "Exception during initialization: /onnxruntime_src/a/element_wise_ops.h:256 \
+                 onnxruntime::Div<T>::Div(const onnxruntime::OpKernelInfo&) [with T = long int] \
+                 b_data[i] != T{0} was false. Integer division by zero\nsecond line",
+                "Exception during initialization:  b_data[i] != T{0} was false. Integer division by zero",
+            ),
+            ("\n\n", "no reason given"),
+        ];
+        for (message, expected) in cases {
+            assert_eq!(readable(message), expected);
+        }
+        assert_eq!(readable(&"x".repeat(1000)).len(), 300);
+    }
 }

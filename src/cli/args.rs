@@ -27,6 +27,9 @@ pub(crate) enum Command {
     Schema(verbs::schema::SchemaArgs),
     /// Print shell completions
     Completions(verbs::completions::CompletionsArgs),
+    /// First contact with a model file, called by `ingest` in a child process under limits
+    #[command(hide = true)]
+    ProbeModel(verbs::probe_model::ProbeModelArgs),
 }
 
 /// Flags that every verb takes.

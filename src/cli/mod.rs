@@ -64,5 +64,6 @@ fn run(command: &args::Command, settings: &Settings, printer: &Printer) -> Resul
     match command {
         args::Command::Schema(args) => verbs::schema::run(args, printer),
         args::Command::Completions(args) => verbs::completions::run(args, printer),
+        args::Command::ProbeModel(args) => verbs::probe_model::run(args, printer),
     }
 }

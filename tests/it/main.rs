@@ -6,6 +6,7 @@ mod black;
 mod cli;
 mod data;
 mod pictures;
+mod probe;
 mod support;
 mod tape;
 mod tidy;

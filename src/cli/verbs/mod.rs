@@ -1,4 +1,5 @@
 //! One file a verb: its arguments and the call of its use-case.
 
 pub(crate) mod completions;
+pub(crate) mod probe_model;
 pub(crate) mod schema;
