@@ -7,6 +7,7 @@ mod cli;
 mod data;
 mod pictures;
 mod probe;
+mod meta;
 mod support;
 mod tape;
 mod tidy;
