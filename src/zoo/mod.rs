@@ -3,8 +3,18 @@
 //! Invariant: one bad file never stops the rest; what cannot be used becomes a [`Rejection`] with
 //! file, reason and hint.
 
+pub mod candidates;
+pub mod catalog;
+pub mod facts;
+pub mod hash;
+pub mod read;
+pub mod resolve;
+pub mod sidecar;
 pub mod spec;
+pub mod walk;
+pub mod yaml;
 
+pub use sidecar::Sidecar;
 pub use spec::{
     Access, BatchDimension, Color, ElementType, Layout, ModelSpec, OutputKind, Preprocess,
     Rejection,

@@ -79,7 +79,7 @@ pub enum BatchDimension {
 
 /// From the canonical image ([0,1], RGB, NCHW) to the model's input. Order: resize to
 /// `input_size`, colour, scale to `value_range`, subtract `mean`, divide by `std`, layout, dtype.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Preprocess {
     /// `[channels, height, width]`.
     pub input_size: [usize; 3],
@@ -100,13 +100,13 @@ pub struct Preprocess {
 }
 
 /// A model ready to be opened: the file's facts merged with its sidecar.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ModelSpec {
     /// Path below the zoo without extension, `/`-separated; unique in a zoo.
     pub id: String,
     /// The file.
     pub path: PathBuf,
-    /// SHA-256 of the file (and of its external data, in order of first use).
+    /// SHA-256 of the file (and of its external data, in the order of their paths).
     pub sha: String,
     /// How it is reached.
     pub access: Access,
