@@ -7,6 +7,8 @@
 pub mod context;
 pub mod embedder;
 pub mod eval;
+pub mod ingest;
+pub mod ingest_output;
 pub mod progress;
 pub mod schemas;
 

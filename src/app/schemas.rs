@@ -5,19 +5,31 @@
 use schemars::{JsonSchema, Schema, generate::SchemaSettings};
 
 use super::eval::EvalResult;
+use super::ingest_output::IngestOutput;
 use crate::error::{Error, Result};
 use crate::report::Event;
+use crate::zoo::Sidecar;
+use crate::zoo::catalog::Catalog;
 
 /// Every schema with its name; the file is `schemas/NAME.schema.json`.
 pub fn all() -> Vec<(&'static str, Schema)> {
     vec![
-        ("event", schema_of::<Event>()),
+        ("catalog", schema_of_written::<Catalog>()),
         ("eval", schema_of::<EvalResult>()),
+        ("event", schema_of::<Event>()),
+        ("ingest", schema_of_written::<IngestOutput>()),
+        ("sidecar", schema_of::<Sidecar>()),
     ]
 }
 
+/// What a user may write: keys with a default may be missing.
 fn schema_of<T: JsonSchema>() -> Schema {
     SchemaSettings::draft2020_12().into_generator().into_root_schema_for::<T>()
+}
+
+/// What metazoa writes: every key that is always there is required.
+fn schema_of_written<T: JsonSchema>() -> Schema {
+    SchemaSettings::draft2020_12().for_serialize().into_generator().into_root_schema_for::<T>()
 }
 
 /// The schema as the text of its file.

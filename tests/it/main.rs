@@ -5,9 +5,11 @@
 mod black;
 mod cli;
 mod data;
+mod meta;
 mod pictures;
 mod probe;
-mod meta;
+mod schemas;
 mod support;
 mod tape;
 mod tidy;
+mod zoo;
