@@ -186,6 +186,7 @@ fn number(text: Option<&str>, field: &str) -> Result<Option<u64>> {
                 "field `{field}` must be a number of bytes, found `{}`",
                 text.escape_debug()
             ))
+            .hint("the model is damaged or hostile; export it again")
         })
     })
     .transpose()

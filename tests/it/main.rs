@@ -6,6 +6,7 @@ mod black;
 mod cli;
 mod data;
 mod meta;
+mod onnx;
 mod pictures;
 mod probe;
 mod schemas;
