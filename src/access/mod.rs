@@ -11,8 +11,10 @@ pub mod probe;
 pub mod runtime;
 pub mod session;
 pub mod teacher;
+pub mod white;
 pub mod zero_order;
 
 pub use adapter::Adapter;
 pub use black::{BlackOptions, BlackTeacher};
+pub use white::WhiteTeacher;
 pub use teacher::{ImageGradient, LogitsLoss, Objective, Teacher};

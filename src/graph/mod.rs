@@ -4,6 +4,8 @@
 //! import. A graph holds ONNX operators as they are (`op_type` and attributes); what they mean is in
 //! `ops`, one file a family, and [`plan`] lowers them for a concrete input shape.
 
+pub mod check;
+pub mod facts;
 pub mod ir;
 pub(crate) mod ops;
 pub mod plan;

@@ -97,7 +97,7 @@ pub(crate) fn spec_from_sidecar(folder: &Path, name: &str) -> (ModelSpec, f64) {
     (spec, sidecar["metrics"]["accuracy"].as_f64().unwrap())
 }
 
-fn open(spec: ModelSpec) -> BlackTeacher {
+pub(crate) fn open(spec: ModelSpec) -> BlackTeacher {
     BlackTeacher::open(spec, runtime(), OPTIONS).unwrap()
 }
 

@@ -7,6 +7,7 @@ mod cli;
 mod data;
 mod meta;
 mod onnx;
+mod graph;
 mod pictures;
 mod probe;
 mod schemas;

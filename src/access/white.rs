@@ -1,0 +1,243 @@
+//! A teacher compiled by our own engine: exact logits, exact image gradients, running statistics.
+//!
+//! Invariant: the gradient is of the very function that `logits` computes (the same plan); images go
+//! through the same adapter as a black-box teacher's.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::Adapter;
+use super::teacher::{ImageGradient, Objective, Teacher};
+use crate::error::{Error, Result, ResultExt};
+use crate::graph::facts::logits_under;
+use crate::graph::{CompileOptions, Graph, Plan, Workspace};
+use crate::tensor::{Images, RngStream};
+use crate::zoo::{BatchDimension, ModelSpec};
+
+/// Images per pass when only logits are wanted.
+const LOGITS_BATCH: usize = 64;
+/// Compiled batch sizes kept; a method uses a few.
+const PLANS_KEPT: usize = 6;
+
+/// A white-box model.
+#[derive(Debug)]
+pub struct WhiteTeacher {
+    spec: ModelSpec,
+    graph: Graph,
+    logits: String,
+    adapter: Adapter,
+    plans: Mutex<BTreeMap<usize, Arc<Compiled>>>,
+}
+
+/// A plan and the workspaces that no thread is using.
+#[derive(Debug)]
+struct Compiled {
+    plan: Plan<f32>,
+    free: Mutex<Vec<Workspace<f32>>>,
+    /// Images the plan takes at once; smaller than asked where the file fixes the batch.
+    batch: usize,
+}
+
+impl Compiled {
+    fn with_workspace<R>(&self, work: impl FnOnce(&Plan<f32>, &mut Workspace<f32>) -> R) -> R {
+        let taken = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut workspace = taken.unwrap_or_else(|| self.plan.workspace());
+        let result = work(&self.plan, &mut workspace);
+        self.free.lock().unwrap_or_else(PoisonError::into_inner).push(workspace);
+        result
+    }
+}
+
+impl WhiteTeacher {
+    /// Opens the model of `spec`; `graph` is its imported file.
+    ///
+    /// # Errors
+    /// When the graph cannot be compiled or differentiated, or does not give `spec.classes` scores.
+    pub fn new(spec: ModelSpec, graph: Graph) -> Result<Self> {
+        let adapter = Adapter::new(&spec.preprocess)?;
+        let logits = logits_under(&graph, &spec.logits_output).0.to_string();
+        let teacher = Self { spec, graph, logits, adapter, plans: Mutex::default() };
+        let probe = match teacher.spec.batch {
+            BatchDimension::Fixed(n) => n,
+            BatchDimension::Free => 1,
+        };
+        teacher.compiled(probe).context(|| teacher.describe())?;
+        Ok(teacher)
+    }
+
+    fn describe(&self) -> String {
+        format!("model `{}`", self.spec.path.display())
+    }
+
+    /// The compiled network of the model for `n` images, in the model's own input space.
+    ///
+    /// # Errors
+    /// When the graph does not compile for that batch.
+    pub fn compile(&self, n: usize) -> Result<Plan<f32>> {
+        Plan::compile(&self.graph, &self.options(n))
+    }
+
+    /// How the plan for `n` images is compiled (for checks in another precision).
+    pub fn options(&self, n: usize) -> CompileOptions {
+        CompileOptions {
+            input: self.spec.input_name.clone(),
+            input_shape: self.adapter.input_shape(n).to_vec(),
+            output: self.logits.clone(),
+        }
+    }
+
+    /// The imported graph.
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    /// The map from canonical images to the model's input.
+    pub fn adapter(&self) -> &Adapter {
+        &self.adapter
+    }
+
+    /// A plan for `n` images, or for the file's own batch where its graph works for no other.
+    fn compiled(&self, n: usize) -> Result<Arc<Compiled>> {
+        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = plans.get(&n) {
+            return Ok(Arc::clone(found));
+        }
+        let right = |plan: &Plan<f32>, n: usize| {
+            let shape = plan.output_shape();
+            shape.first() == Some(&n) && shape.iter().product::<usize>() == n * self.spec.classes
+        };
+        let attempt = self.compile(n);
+        let (plan, batch) = match (attempt, self.spec.batch) {
+            (Ok(plan), _) if right(&plan, n) => (plan, n),
+            (_, BatchDimension::Fixed(fixed)) if fixed != n => (self.compile(fixed)?, fixed),
+            (Ok(plan), _) => (plan, n),
+            (Err(error), _) => return Err(error),
+        };
+        if !right(&plan, batch) {
+            return Err(Error::input(format!(
+                "output `{}` has shape {:?} for {batch} images, expected {batch} rows of `{}` classes",
+                self.spec.logits_output,
+                plan.output_shape(),
+                self.spec.classes
+            ))
+            .hint("name the right output as `logits_output` in the sidecar"));
+        }
+        while plans.len() >= PLANS_KEPT {
+            plans.pop_first();
+        }
+        let compiled = Arc::new(Compiled { plan, free: Mutex::default(), batch });
+        plans.insert(n, Arc::clone(&compiled));
+        Ok(compiled)
+    }
+}
+
+/// `images[start..start + n]`, the last image repeated to fill `n`.
+fn filled(images: &Images, start: usize, n: usize) -> Images {
+    let last = images.len() - 1;
+    let indices: Vec<usize> = (start..start + n).map(|i| i.min(last)).collect();
+    images.select(&indices)
+}
+
+impl Teacher for WhiteTeacher {
+    fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    fn logits(&self, images: &Images) -> Result<Vec<f32>> {
+        let classes = self.spec.classes;
+        let mut logits = Vec::with_capacity(images.len() * classes);
+        let mut start = 0;
+        while start < images.len() {
+            let n = (images.len() - start).min(LOGITS_BATCH);
+            // A short last batch is filled up rather than compiled for.
+            let size = if start > 0 || images.len() > LOGITS_BATCH { LOGITS_BATCH } else { n };
+            let compiled = self.compiled(size).context(|| self.describe())?;
+            let batch = filled(images, start, compiled.batch);
+            let input = self.adapter.forward(&batch)?;
+            let used = n.min(compiled.batch);
+            compiled.with_workspace(|plan, workspace| {
+                let output = plan.forward(workspace, &input);
+                logits.extend_from_slice(&output[..used * classes]);
+            });
+            start += used;
+        }
+        Ok(logits)
+    }
+
+    fn image_gradient(
+        &self,
+        images: &Images,
+        objective: &Objective<'_>,
+        _rng: &mut RngStream,
+    ) -> Result<ImageGradient> {
+        let n = images.len();
+        let classes = self.spec.classes;
+        let mut result = ImageGradient {
+            gradient: Images::zeros(images.shape()),
+            logits_loss: 0.0,
+            statistics_loss: 0.0,
+            logits: Vec::with_capacity(n * classes),
+        };
+        let compiled = self.compiled(n).context(|| self.describe())?;
+        let stride = images.stride();
+        let mut start = 0;
+        while start < n {
+            let used = compiled.batch.min(n - start);
+            let part = filled(images, start, compiled.batch);
+            let input = self.adapter.forward(&part)?;
+            let share = used as f32 / n as f32;
+            let d_input = compiled.with_workspace(|plan, workspace| {
+                let logits = plan.forward(workspace, &input);
+                let mut d_logits = vec![0.0; logits.len()];
+                let rows = logits.chunks_exact(classes).zip(d_logits.chunks_exact_mut(classes));
+                for (i, (row, d_row)) in rows.take(used).enumerate() {
+                    result.logits_loss += objective.logits.value(start + i, row) / n as f64;
+                    objective.logits.gradient(start + i, row, d_row);
+                    d_row.iter_mut().for_each(|d| *d /= n as f32);
+                }
+                result.logits.extend_from_slice(&logits[..used * classes]);
+                let weight = objective.statistics_weight * share;
+                result.statistics_loss +=
+                    f64::from(share) * match_statistics(plan, workspace, weight);
+                plan.backward(workspace, &d_logits).to_vec()
+            });
+            let gradient = self.adapter.backward(&d_input, part.shape())?;
+            result.gradient.data_mut()[start * stride..(start + used) * stride]
+                .copy_from_slice(&gradient.data()[..used * stride]);
+            start += used;
+        }
+        Ok(result)
+    }
+
+    fn queries(&self) -> u64 {
+        0
+    }
+}
+
+/// Sets the gradient of `weight * sum_l (||mean_l - ref|| + ||var_l - ref||)` (PURER sec. 2.2) on the
+/// plan's taps; returns the unweighted sum.
+fn match_statistics(plan: &Plan<f32>, workspace: &mut Workspace<f32>, weight: f32) -> f64 {
+    if weight == 0.0 {
+        plan.clear_tap_gradients(workspace);
+    }
+    let mut total = 0.0;
+    let mut gradients = Vec::with_capacity(plan.tap_count());
+    for tap in plan.taps(workspace) {
+        let mut pair = [Vec::new(), Vec::new()];
+        let sides = [(tap.mean, &tap.reference.mean), (tap.var, &tap.reference.var)];
+        for ((seen, wanted), gradient) in sides.into_iter().zip(&mut pair) {
+            let difference = seen.iter().zip(wanted.iter()).map(|(s, w)| s - w);
+            let norm = difference.clone().map(|d| f64::from(d) * f64::from(d)).sum::<f64>().sqrt();
+            total += norm;
+            let scale = if norm > 0.0 { weight / norm as f32 } else { 0.0 };
+            gradient.extend(difference.map(|d| d * scale));
+        }
+        gradients.push(pair);
+    }
+    if weight != 0.0 {
+        for (index, [mean, var]) in gradients.iter().enumerate() {
+            plan.set_tap_gradient(workspace, index, mean, var);
+        }
+    }
+    total
+}

@@ -1,0 +1,134 @@
+//! Checks of a compiled network against itself: its exact gradient against central differences in
+//! `f64`, and `f32` against `f64`.
+//!
+//! In `f32` the input gradient of a deep ReLU network moves by up to 2e-2 between two correct programs
+//! (kinks), so a fixed tolerance on it means nothing; the two figures here separate a wrong rule
+//! (first) from rounding (second) (design.md 3, "Gradient checks need a yardstick").
+
+use super::ir::Graph;
+use super::plan::{CompileOptions, Plan, Workspace};
+use crate::error::Result;
+use crate::tensor::RngStream;
+use crate::tensor::kernels::Element;
+
+/// First and smallest step of the central differences, and how it shrinks.
+const STEPS: [f64; 6] = [1e-6, 2e-7, 4e-8, 8e-9, 2e-9, 5e-10];
+/// Two successive steps that agree this well (relative to the larger) saw no kink between them.
+const AGREEMENT: f64 = 1e-6;
+/// Directions in which the gradient is compared.
+const DIRECTIONS: u64 = 24;
+
+/// What [`check_gradient`] found; errors are `norm(a - b) / norm(b)`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct GradientCheck {
+    /// The exact `f64` gradient along random directions against central differences of the `f64`
+    /// network.
+    pub gradient_rel_err: f64,
+    /// The `f32` gradient against the `f64` gradient, over all inputs.
+    pub gradient_noise: f64,
+    /// The `f32` output against the `f64` output.
+    pub output_noise: f64,
+}
+
+/// `norm(a - b) / norm(b)`; 0 when both vanish.
+pub fn relative_error(a: &[f64], b: &[f64]) -> f64 {
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+    let difference = norm(&mut a.iter().zip(b).map(|(a, b)| a - b));
+    let size = norm(&mut b.iter().copied());
+    if difference == 0.0 { 0.0 } else { difference / size }
+}
+
+/// The limit of a central difference as its step shrinks. A step that jumps a kink (a ReLU changing
+/// side) gives a slope that is of neither side; the step shrinks until two agree.
+fn slope(difference: &mut impl FnMut(f64) -> f64) -> f64 {
+    let mut last = difference(STEPS[0]);
+    for &step in &STEPS[1..] {
+        let next = difference(step);
+        let agree = (next - last).abs() <= AGREEMENT * next.abs().max(last.abs());
+        last = next;
+        if agree {
+            break;
+        }
+    }
+    last
+}
+
+/// A random linear objective on the outputs and the tapped statistics: every path is exercised.
+struct Objective {
+    output: Vec<f64>,
+    taps: Vec<[Vec<f64>; 2]>,
+}
+
+impl Objective {
+    fn new<T: Element>(plan: &Plan<T>, rng: &mut RngStream) -> Self {
+        let mut draw = |n: usize| rng.normals(n).into_iter().map(f64::from).collect::<Vec<_>>();
+        let output = draw(plan.output_shape().iter().product());
+        let taps = plan
+            .taps(&plan.workspace())
+            .map(|tap| [draw(tap.reference.mean.len()), draw(tap.reference.var.len())])
+            .collect();
+        Self { output, taps }
+    }
+
+    fn value<T: Element>(&self, plan: &Plan<T>, workspace: &mut Workspace<T>, x: &[T]) -> f64 {
+        let dot = |a: &[f64], b: &[T]| a.iter().zip(b).map(|(a, b)| a * b.f64()).sum::<f64>();
+        let mut total = dot(&self.output, plan.forward(workspace, x));
+        for (tap, [mean, var]) in plan.taps(workspace).zip(&self.taps) {
+            total += dot(mean, tap.mean) + dot(var, tap.var);
+        }
+        total
+    }
+
+    fn gradient<T: Element>(
+        &self,
+        plan: &Plan<T>,
+        workspace: &mut Workspace<T>,
+        x: &[T],
+    ) -> (Vec<f64>, Vec<f64>) {
+        let cast = |values: &[f64]| values.iter().map(|&v| T::of(v)).collect::<Vec<T>>();
+        let output = plan.forward(workspace, x).iter().map(|v| v.f64()).collect();
+        for (index, [mean, var]) in self.taps.iter().enumerate() {
+            plan.set_tap_gradient(workspace, index, &cast(mean), &cast(var));
+        }
+        let gradient = plan.backward(workspace, &cast(&self.output));
+        (output, gradient.iter().map(|v| v.f64()).collect())
+    }
+}
+
+/// Compares the gradient of `graph` at `input` with central differences, and `f32` with `f64`.
+///
+/// # Errors
+/// When the graph does not compile.
+pub fn check_gradient(
+    graph: &Graph,
+    options: &CompileOptions,
+    input: &[f32],
+    seed: u64,
+) -> Result<GradientCheck> {
+    let mut rng = RngStream::new(seed, "check-gradient", &graph.name, 0);
+    let single = Plan::<f32>::compile(graph, options)?;
+    let double = Plan::<f64>::compile(graph, options)?;
+    let objective = Objective::new(&double, &mut rng);
+    let (output32, gradient32) = objective.gradient(&single, &mut single.workspace(), input);
+    let mut workspace = double.workspace();
+    let x: Vec<f64> = input.iter().map(|&v| f64::from(v)).collect();
+    let (output64, gradient64) = objective.gradient(&double, &mut workspace, &x);
+    let (mut exact, mut measured) = (Vec::new(), Vec::new());
+    for _ in 0..DIRECTIONS {
+        let direction: Vec<f64> = rng.normals(x.len()).into_iter().map(f64::from).collect();
+        let mut difference = |step: f64| {
+            let mut at = |step: f64| {
+                let moved: Vec<f64> = x.iter().zip(&direction).map(|(x, d)| x + step * d).collect();
+                objective.value(&double, &mut workspace, &moved)
+            };
+            (at(step) - at(-step)) / (2.0 * step)
+        };
+        measured.push(slope(&mut difference));
+        exact.push(gradient64.iter().zip(&direction).map(|(g, d)| g * d).sum());
+    }
+    Ok(GradientCheck {
+        gradient_rel_err: relative_error(&exact, &measured),
+        gradient_noise: relative_error(&gradient32, &gradient64),
+        output_noise: relative_error(&output32, &output64),
+    })
+}

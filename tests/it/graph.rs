@@ -1,0 +1,105 @@
+//! The frozen plan on real models: outputs against ONNX Runtime, gradients against central
+//! differences in `f64`.
+
+use std::path::Path;
+
+use metazoa::access::{Teacher, WhiteTeacher};
+use metazoa::graph::check::{GradientCheck, check_gradient, relative_error};
+use metazoa::graph::unsupported_ops;
+use metazoa::tensor::{Images, RngStream};
+
+use crate::black;
+use crate::support::{repository, shared};
+
+/// Images on the 8-bit grid, so that `uint8` inputs lose nothing.
+fn images(n: usize, size: usize) -> Images {
+    let mut rng = RngStream::new(5, "graph-test", "", size as u64);
+    let data = (0..n * 3 * size * size).map(|_| rng.below(256) as f32 / 255.0).collect();
+    Images::new(data, [n, 3, size, size]).unwrap()
+}
+
+fn log_softmax(logits: &[f32], classes: usize) -> Vec<f64> {
+    let mut out = Vec::new();
+    for row in logits.chunks_exact(classes) {
+        let top = row.iter().copied().fold(f32::MIN, f32::max);
+        let sum: f64 = row.iter().map(|&v| f64::from(v - top).exp()).sum();
+        out.extend(row.iter().map(|&v| f64::from(v - top) - sum.ln()));
+    }
+    out
+}
+
+/// White-box against ONNX Runtime (relative error of the log-softmax) and against itself.
+fn measure(folder: &Path, name: &str) -> metazoa::Result<(f64, GradientCheck)> {
+    let (spec, _) = black::spec_from_sidecar(folder, name);
+    let model = metazoa::onnx::load(&spec.path, folder)?;
+    let unsupported = unsupported_ops(&model.graph);
+    if !unsupported.is_empty() {
+        return Err(metazoa::Error::unsupported(unsupported.join(", ")));
+    }
+    let classes = spec.classes;
+    let white = WhiteTeacher::new(spec.clone(), model.graph)?;
+    let [_, height, _] = spec.preprocess.input_size;
+    let batch = images(3, height);
+    let reference = black::open(spec).logits(&batch)?;
+    let ours = white.logits(&batch)?;
+    let error = relative_error(&log_softmax(&ours, classes), &log_softmax(&reference, classes));
+    let pair = batch.range(0, 2);
+    let n = match white.spec().batch {
+        metazoa::zoo::BatchDimension::Fixed(n) => n,
+        metazoa::zoo::BatchDimension::Free => 2,
+    };
+    let input = white.adapter().forward(&pair.select(&vec![0; n]))?;
+    let check = check_gradient(white.graph(), &white.options(n), &input, 7)?;
+    Ok((error, check))
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let mut names: Vec<String> = std::fs::read_dir(folder)
+        .unwrap()
+        .filter_map(|entry| {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            name.strip_suffix(".onnx").map(str::to_owned)
+        })
+        .collect();
+    names.sort();
+    names
+}
+
+/// Checks each model of `folder`; those of `black_only` must be the only ones refused.
+fn check_folder(folder: &Path, black_only: &[&str]) {
+    let mut refused = Vec::new();
+    for name in names(folder) {
+        match measure(folder, &name) {
+            Ok((output, gradient)) => {
+                eprintln!("{name}: output {output:.1e}, {gradient:?}");
+                assert!(output < 1e-4, "{name}: output differs by {output:e} from ONNX Runtime");
+                let error = gradient.gradient_rel_err;
+                assert!(error < 1e-5, "{name}: gradient off by {error:e} from differences");
+            }
+            Err(error) => {
+                eprintln!("{name}: refused: {error}");
+                refused.push(name);
+            }
+        }
+    }
+    assert_eq!(refused, black_only);
+}
+
+#[test]
+fn bundled_models_run_and_differentiate_as_onnx_runtime_says() {
+    check_folder(&repository().join("zoo"), &["edge_int8_qoperator"]);
+}
+
+#[test]
+fn heterogeneous_models_run_and_differentiate_as_onnx_runtime_says() {
+    for zoo in ["data/zoo_sh", "data/zoo_mh"] {
+        let Some(folder) = shared(zoo) else { return };
+        check_folder(&folder, &[]);
+    }
+}
+
+#[test]
+fn awkward_models_run_and_differentiate_as_onnx_runtime_says() {
+    let Some(folder) = shared("data/zoo_edge") else { return };
+    check_folder(&folder, &["edge_int8_qdq", "edge_int8_qoperator"]);
+}
