@@ -1,1 +1,17 @@
-//! methods (being written).
+//! How a zoo becomes a bank of labelled images: recovery of what each teacher knows.
+//!
+//! Methods see a model only as `&dyn Teacher`; whether its gradients are exact or estimated changes
+//! what they cost, not what is called. [`recover()`] runs the recovery of all teachers side by side;
+//! [`invert`] frees pixels under exact gradients (PURER sec. 2.2, DeepInversion), [`generate`] trains a
+//! generator on estimated ones (BiDf-MKD sec. 3.3).
+
+pub mod generate;
+pub mod invert;
+pub mod parts;
+mod recover;
+
+pub use generate::GenerateConfig;
+pub use invert::InvertConfig;
+pub use recover::{
+    Opener, RecoverConfig, RecoverItem, RecoverIteration, Recovered, Watch, recover, recover_one,
+};

@@ -1,0 +1,124 @@
+//! Pixel inversion: images of given classes from one teacher, by gradient descent on free pixels.
+//!
+//! Minimises `CE + statistics + TV + size` of PURER sec. 2.2 over standardised pixels
+//! `z = (x - 0.5) / 0.25` with Adam, a random cyclic shift each step and a cosine step size; pixels stay
+//! in the canonical range.
+
+use crate::access::{Objective, Teacher};
+use crate::error::Result;
+use crate::tensor::{Adam, AdamOptions, Images, RngStream};
+
+use super::parts::CrossEntropy;
+use super::parts::priors::{size, total_variation};
+use super::recover::{RecoverIteration, Watch};
+
+/// Middle and unit of the standardised pixel space.
+const MIDDLE: f32 = 0.5;
+const UNIT: f32 = 0.25;
+/// Standardised pixels of canonical 0 and 1.
+const RANGE: f32 = 2.0;
+
+/// How pixels are freed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct InvertConfig {
+    /// Adam steps.
+    pub steps: usize,
+    /// First step size, in standardised pixels.
+    pub learning_rate: f64,
+    /// Share of the step size left at the last step (half a cosine between).
+    pub final_rate: f64,
+    /// Weight of the statistics term, divided by the number of tapped layers.
+    pub statistics: f32,
+    /// Weight of total variation.
+    pub total_variation: f32,
+    /// Weight of the pixel norm.
+    pub size: f32,
+    /// Largest cyclic shift in pixels, each way.
+    pub jitter: usize,
+}
+
+/// Shifts each image cyclically by (`dy`, `dx`).
+fn roll(images: &Images, dy: i64, dx: i64) -> Images {
+    let [_, _, h, w] = images.shape();
+    let mut rolled = images.clone();
+    let planes = images.data().chunks_exact(h * w).zip(rolled.data_mut().chunks_exact_mut(h * w));
+    let column = dx.rem_euclid(w as i64) as usize;
+    for (from, to) in planes {
+        for y in 0..h {
+            let target = (y as i64 + dy).rem_euclid(h as i64) as usize;
+            let (row, to) = (&from[y * w..(y + 1) * w], &mut to[target * w..(target + 1) * w]);
+            to[column..].copy_from_slice(&row[..w - column]);
+            to[..column].copy_from_slice(&row[w - column..]);
+        }
+    }
+    rolled
+}
+
+fn canonical(z: &[f32], shape: [usize; 4]) -> Result<Images> {
+    Images::new(z.iter().map(|v| MIDDLE + UNIT * v).collect(), shape)
+}
+
+/// Recovers one image per entry of `labels` from `teacher`, `[height, width]` = `image_size`. All
+/// draws come from (`seed`, model, `block`).
+///
+/// # Errors
+/// Those of the teacher; [`crate::ErrorKind::Interrupted`] when `watch` asks to stop.
+pub fn invert(
+    teacher: &dyn Teacher,
+    labels: &[usize],
+    image_size: [usize; 2],
+    config: &InvertConfig,
+    seed: u64,
+    block: u64,
+    watch: &Watch<'_>,
+) -> Result<Images> {
+    let [h, w] = image_size;
+    let shape = [labels.len(), 3, h, w];
+    let mut rng = RngStream::new(seed, "invert", &teacher.spec().sha, block);
+    let mut z = rng.normals(shape.iter().product());
+    let options = AdamOptions { beta1: 0.5, beta2: 0.99, ..AdamOptions::STANDARD };
+    let mut adam = Adam::new(options, [z.len()]);
+    let loss = CrossEntropy::new(labels.to_vec());
+    let statistics_weight = config.statistics / teacher.spec().norm_taps.max(1) as f32;
+    let objective = Objective { logits: &loss, statistics_weight };
+    let reach = config.jitter as i64;
+    for step in 0..config.steps {
+        watch.check()?;
+        z.iter_mut().for_each(|v| *v = v.clamp(-RANGE, RANGE));
+        let (dy, dx) = (rng.integer_in(-reach, reach), rng.integer_in(-reach, reach));
+        let images = roll(&canonical(&z, shape)?, dy, dx);
+        let found = teacher.image_gradient(&images, &objective, &mut rng)?;
+        let mut gradient = roll(&found.gradient, -dy, -dx).into_data();
+        gradient.iter_mut().for_each(|g| *g *= UNIT);
+        let tv = total_variation(&z, h, w, config.total_variation, &mut gradient);
+        let norm = size(&z, config.size, &mut gradient);
+        let done = step as f64 / config.steps as f64;
+        let cosine = 0.5 * (1.0 + (std::f64::consts::PI * done).cos());
+        let rate = config.learning_rate * (config.final_rate + (1.0 - config.final_rate) * cosine);
+        adam.step(rate, &mut [&mut z], &[&gradient])?;
+        watch.tell(&RecoverIteration {
+            step: step + 1,
+            loss: found.logits_loss,
+            statistics: found.statistics_loss,
+            prior: f64::from(config.total_variation) * tv + f64::from(config.size) * norm,
+        });
+    }
+    z.iter_mut().for_each(|v| *v = v.clamp(-RANGE, RANGE));
+    canonical(&z, shape)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_roll_and_its_reverse_give_the_image_back() {
+        let data = (0..2 * 3 * 4 * 5).map(|v| v as f32).collect();
+        let images = Images::new(data, [2, 3, 4, 5]).unwrap();
+        let there = roll(&images, 1, -2);
+        assert_ne!(there, images);
+        assert_eq!(roll(&there, -1, 2), images);
+        // Pixel (0, 2) moves down by one and left by two.
+        assert_eq!(there.image(0)[5], images.image(0)[2]);
+    }
+}

@@ -1,0 +1,10 @@
+//! The pieces methods are made of: losses on logits, image priors, the generator, the image bank.
+
+pub mod bank;
+pub mod generator;
+pub mod losses;
+pub mod priors;
+
+pub use bank::{ImageBank, ModelImages};
+pub use generator::Generator;
+pub use losses::CrossEntropy;

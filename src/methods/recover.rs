@@ -1,0 +1,190 @@
+//! Recovery of a whole zoo: every teacher's images, side by side, each model a file of its own.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use rayon::prelude::*;
+
+use crate::access::Teacher;
+use crate::error::{Error, Result, ResultExt};
+use crate::tensor::Images;
+use crate::zoo::Access;
+
+use super::generate::{GenerateConfig, generate};
+use super::invert::{InvertConfig, invert};
+use super::parts::ModelImages;
+
+/// What to recover.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RecoverConfig {
+    /// Seed of every draw.
+    pub seed: u64,
+    /// `[height, width]` of the recovered images.
+    pub image_size: [usize; 2],
+    /// Images of each class of each model.
+    pub images_per_class: usize,
+    /// Most images inverted in one batch; a model of more classes is done in blocks of whole classes.
+    pub batch: usize,
+    /// For teachers with exact gradients.
+    pub white_box: InvertConfig,
+    /// For teachers that can only be asked.
+    pub black_box: GenerateConfig,
+}
+
+/// One step of one teacher's recovery.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RecoverIteration {
+    /// Number of the step, from 1.
+    pub step: usize,
+    /// Mean cross-entropy to the wanted labels.
+    pub loss: f64,
+    /// Unweighted statistics term.
+    pub statistics: f64,
+    /// Weighted priors on the pixels.
+    pub prior: f64,
+}
+
+/// How a running recovery is watched and stopped.
+pub struct Watch<'a> {
+    /// Told of every step.
+    pub observe: &'a (dyn Fn(&RecoverIteration) + Sync),
+    /// Set to stop.
+    pub interrupt: &'a AtomicBool,
+}
+
+impl Watch<'_> {
+    pub(super) fn check(&self) -> Result<()> {
+        if self.interrupt.load(Ordering::Relaxed) { Err(Error::interrupted()) } else { Ok(()) }
+    }
+
+    pub(super) fn tell(&self, iteration: &RecoverIteration) {
+        (self.observe)(iteration);
+    }
+}
+
+/// What came of one teacher.
+#[derive(Debug, Clone)]
+pub struct Recovered {
+    /// Its images.
+    pub images: ModelImages,
+    /// Share of them that the teacher itself puts into the wanted class.
+    pub agreement: f64,
+    /// Queries spent on it in this run.
+    pub queries: u64,
+    /// Wall-clock time; 0 for images read from an earlier run.
+    pub seconds: f64,
+}
+
+/// Recovers the images of one teacher.
+///
+/// # Errors
+/// Those of the teacher; [`crate::ErrorKind::Interrupted`] when the watch asks to stop.
+pub fn recover_one(
+    teacher: &dyn Teacher,
+    config: &RecoverConfig,
+    watch: &Watch<'_>,
+) -> Result<Recovered> {
+    let start = Instant::now();
+    let spec = teacher.spec();
+    let [h, w] = config.image_size;
+    let mut images = Images::zeros([0, 3, h, w]);
+    let mut classes = Vec::new();
+    let per_block = (config.batch / config.images_per_class.max(1)).max(1);
+    let all: Vec<usize> = (0..spec.classes).collect();
+    for (block, chosen) in all.chunks(per_block).enumerate() {
+        let labels: Vec<usize> = chosen
+            .iter()
+            .flat_map(|&class| std::iter::repeat_n(class, config.images_per_class))
+            .collect();
+        let seed = config.seed;
+        let made = match spec.access {
+            Access::WhiteBox => {
+                let own = &config.white_box;
+                invert(teacher, &labels, config.image_size, own, seed, block as u64, watch)?
+            }
+            Access::BlackBox | Access::Remote => {
+                let own = &config.black_box;
+                generate(teacher, &labels, config.image_size, own, seed, block as u64, watch)?
+            }
+        };
+        images.extend(&made)?;
+        classes.extend(labels);
+    }
+    let labels = if spec.labels.len() == spec.classes {
+        spec.labels.clone()
+    } else {
+        (0..spec.classes).map(|class| class.to_string()).collect()
+    };
+    let images = ModelImages::new(&spec.id, labels, classes, &images);
+    let agreement = agreement(teacher, &images)?;
+    let seconds = start.elapsed().as_secs_f64();
+    Ok(Recovered { images, agreement, queries: teacher.queries(), seconds })
+}
+
+/// Share of the images, as stored, that `teacher` puts into their class.
+fn agreement(teacher: &dyn Teacher, images: &ModelImages) -> Result<f64> {
+    let logits = match teacher.logits(&images.images()) {
+        Ok(logits) => logits,
+        // Judging must not cost more than the budget allows; unknown is shown as such.
+        Err(error) if error.kind() == crate::ErrorKind::Budget => return Ok(f64::NAN),
+        Err(error) => return Err(error),
+    };
+    let rows = logits.chunks_exact(teacher.spec().classes).zip(&images.classes);
+    let right = rows.filter(|(row, wanted)| argmax(row) == **wanted).count();
+    Ok(right as f64 / images.len().max(1) as f64)
+}
+
+fn argmax(row: &[f32]) -> usize {
+    let better = |best: usize, i: usize| if row[i] > row[best] { i } else { best };
+    (0..row.len()).fold(0, better)
+}
+
+/// Opens a teacher when its turn comes; a zoo of thousands is never open at once.
+pub type Opener<'a> = dyn Fn(usize) -> Result<Box<dyn Teacher>> + Sync + 'a;
+
+/// One item of [`recover`]'s work: which file keeps the model's images, and what to call it.
+#[derive(Debug, Clone)]
+pub struct RecoverItem {
+    /// For messages.
+    pub id: String,
+    /// Where its images go; a file already there is taken as done.
+    pub file: PathBuf,
+}
+
+/// Recovers all `items` over rayon's current pool. A teacher that fails becomes an `Err` in its place
+/// and stops no other; an interrupt stops all, and what is finished stays on disk.
+pub fn recover(
+    items: &[RecoverItem],
+    open: &Opener<'_>,
+    config: &RecoverConfig,
+    interrupt: &AtomicBool,
+    observe: &(dyn Fn(usize, &RecoverIteration) + Sync),
+    finished: &(dyn Fn(usize, &Result<Recovered>) + Sync),
+) -> Vec<Result<Recovered>> {
+    let one = |(index, item): (usize, &RecoverItem)| -> Result<Recovered> {
+        if interrupt.load(Ordering::Relaxed) {
+            return Err(Error::interrupted());
+        }
+        if item.file.exists() {
+            let images = ModelImages::load(&item.file)?;
+            return Ok(Recovered { images, agreement: f64::NAN, queries: 0, seconds: 0.0 });
+        }
+        let teacher = open(index)?;
+        let told = |iteration: &RecoverIteration| observe(index, iteration);
+        let watch = Watch { observe: &told, interrupt };
+        let recovered = recover_one(teacher.as_ref(), config, &watch)?;
+        recovered.images.save(&item.file)?;
+        Ok(recovered)
+    };
+    items
+        .par_iter()
+        .enumerate()
+        .with_max_len(1)
+        .map(|(index, item)| {
+            let result = one((index, item)).context(|| format!("model `{}`", item.id));
+            finished(index, &result);
+            result
+        })
+        .collect()
+}
