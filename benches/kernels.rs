@@ -1,4 +1,4 @@
-//! The kernels that the main job spends its time in, one thread, fixed data: `cargo bench`.
+//! The kernels that the main job spends its time in, fixed data: `cargo kernels`.
 //!
 //! Throughput is given in multiply-adds, so that a figure can be held against the processor's peak.
 #![allow(missing_docs, clippy::unwrap_used)]
