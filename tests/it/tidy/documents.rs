@@ -106,6 +106,27 @@ fn links_between_documents_lead_somewhere() {
 }
 
 #[test]
+fn every_dependency_has_its_reason() {
+    let table = read("CONTRIBUTING.md");
+    let reasons: Vec<&str> =
+        table.lines().filter_map(|line| line.strip_prefix("| ")?.split(" | ").next()).collect();
+    let mut dependencies = 0;
+    for manifest in ["Cargo.toml", "xtask/Cargo.toml"] {
+        let text = read(manifest);
+        let sections = text.split("\n[").filter(|section| {
+            section.starts_with("dependencies]") || section.starts_with("dev-dependencies]")
+        });
+        for line in sections.flat_map(|section| section.lines().skip(1)) {
+            let Some((name, _)) = line.split_once(" = ") else { continue };
+            dependencies += 1;
+            let named = reasons.iter().any(|cell| cell.split(", ").any(|one| one == name));
+            assert!(named, "`{name}` of {manifest} has no reason in CONTRIBUTING.md");
+        }
+    }
+    assert!(dependencies > 20, "the dependencies were not found");
+}
+
+#[test]
 fn no_file_names_a_path_of_one_machine() {
     // Put together here so that this file does not find itself.
     let paths = ["root", "home", "work", "Users"].map(|folder| format!("/{folder}/"));
