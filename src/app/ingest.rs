@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 
-use super::Context;
+use super::{Context, ingest_probe};
 use crate::error::{Error, Result};
 use crate::zoo::catalog::{Catalog, CatalogModel};
 use crate::zoo::{ModelSpec, Rejection, candidates, read, walk};
@@ -20,6 +20,17 @@ pub struct IngestOptions {
     pub zoo: PathBuf,
     /// Whether `catalog.json` is written.
     pub catalog: CatalogWriting,
+    /// How black-box models are tried out; `None` leaves them untried, with a note.
+    pub probe: Option<ProbeOptions>,
+}
+
+/// What a first contact in a child process needs.
+#[derive(Debug, Clone)]
+pub struct ProbeOptions {
+    /// This program, which answers the hidden verb `probe-model`.
+    pub executable: PathBuf,
+    /// The ONNX Runtime library.
+    pub library: PathBuf,
 }
 
 /// Whether `catalog.json` is written.
@@ -77,7 +88,10 @@ pub fn ingest(context: &Context, options: &IngestOptions) -> Result<Ingest> {
             if context.is_interrupted() {
                 return None;
             }
-            let outcome = read::read_candidate(&candidate, &zoo);
+            let outcome = read::read_candidate(&candidate, &zoo).and_then(|model| {
+                ingest_probe::try_out(model, options.probe.as_ref())
+                    .map_err(|error| read::rejection(&candidate.file.relative, &error))
+            });
             stage.advance(1);
             Some(outcome)
         })

@@ -9,6 +9,7 @@ pub mod embedder;
 pub mod eval;
 pub mod ingest;
 pub mod ingest_output;
+pub mod ingest_probe;
 pub mod progress;
 pub mod schemas;
 

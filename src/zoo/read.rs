@@ -11,9 +11,9 @@ use super::candidates::{self, Candidate, FoundSidecar};
 use super::catalog::{CatalogModel, Provenance};
 use super::facts::{self, GraphIndex, Quantisation};
 use super::hash::{file_sha, files_sha};
-use super::resolve::{Identity, Resolved, resolve};
+use super::resolve::{Identity, OPEN_SIZE_NOTE, Resolved, SIZE_KEY, resolve};
 use super::sidecar::SidecarAccess;
-use super::spec::{Access, BatchDimension, Layout, ModelSpec, Rejection};
+use super::spec::{Access, BatchDimension, Layout, ModelSpec, OutputKind, Rejection};
 use crate::error::{Error, ErrorKind, Result, ResultExt as _};
 use crate::graph::plan::{CompileOptions, Plan};
 use crate::graph::{Graph, unsupported_ops};
@@ -84,7 +84,13 @@ fn read(
     let ops = model.graph.op_counts();
     let quantisation = facts::quantisation(&ops);
     resolved.spec.norm_taps = norm.taps;
-    resolved.spec.batch_dependent = quantisation == Quantisation::Dynamic;
+    if quantisation == Quantisation::Dynamic {
+        resolved.spec.batch_dependent = true;
+        resolved.notes.push(
+            "quantised dynamically: images of one batch influence each other, they are asked one by one"
+                .into(),
+        );
+    }
     choose_access(&mut resolved, &model.graph, quantisation, sidecar, output.scores_behind)?;
     resolved.notes.extend(norm.note().filter(|_| quantisation == Quantisation::None));
 
@@ -131,7 +137,7 @@ fn choose_access(
     graph: &Graph,
     quantisation: Quantisation,
     sidecar: Option<&FoundSidecar>,
-    scores_behind: Option<String>,
+    scores_behind: Option<(String, OutputKind)>,
 ) -> Result<()> {
     let asked = sidecar.and_then(|found| found.content.access);
     let provenance = if asked.is_some() { Provenance::Sidecar } else { Provenance::Inferred };
@@ -140,22 +146,28 @@ fn choose_access(
         resolved.spec.access = Access::BlackBox;
         return Ok(());
     }
-    let scores = scores_behind.as_deref().unwrap_or(&resolved.spec.logits_output);
+    let scores = match &scores_behind {
+        Some((scores, _)) => scores.clone(),
+        None => resolved.spec.logits_output.clone(),
+    };
+    if quantisation == Quantisation::None {
+        fit_open_size(resolved, graph, &scores);
+    }
     let obstacle = if quantisation == Quantisation::None {
-        compile(graph, &resolved.spec, scores).err()
+        compile(graph, &resolved.spec, &scores).err()
     } else {
         Some(Error::unsupported(
             "the model computes with quantised integers, which have no gradient",
         ))
     };
     let Some(obstacle) = obstacle else {
-        if let Some(scores) = scores_behind {
+        if let Some((scores, kind)) = scores_behind {
             resolved.notes.push(format!(
                 "output `{}` holds labels; white-box reads the scores behind them, `{scores}`",
                 resolved.spec.logits_output
             ));
             resolved.spec.logits_output = scores;
-            resolved.spec.output_kind = super::spec::OutputKind::Logits;
+            resolved.spec.output_kind = kind;
         }
         return Ok(());
     };
@@ -177,6 +189,31 @@ fn choose_access(
     resolved.spec.access = Access::BlackBox;
     resolved.notes.push(format!("black-box: {why}"));
     Ok(())
+}
+
+/// Usual image sides, tried in this order when neither file nor sidecar gives one.
+const USUAL_SIDES: [usize; 9] = [224, 32, 84, 64, 28, 96, 128, 256, 299];
+
+/// For a file that leaves the image size open: the first usual size that the network accepts. A
+/// network with global pooling accepts all of them, and keeps the default.
+fn fit_open_size(resolved: &mut Resolved, graph: &Graph, scores: &str) {
+    let open = resolved.provenance.get(SIZE_KEY) == Some(&Provenance::Default);
+    if !open || compile(graph, &resolved.spec, scores).is_ok() {
+        return;
+    }
+    for side in USUAL_SIDES {
+        let mut spec = resolved.spec.clone();
+        spec.preprocess.input_size = [spec.preprocess.input_size[0], side, side];
+        if compile(graph, &spec, scores).is_ok() {
+            resolved.spec = spec;
+            resolved.provenance.insert(SIZE_KEY.into(), Provenance::Inferred);
+            resolved.notes.retain(|note| !note.starts_with(OPEN_SIZE_NOTE));
+            resolved.notes.push(format!(
+                "{OPEN_SIZE_NOTE}; {side} is the first usual one that fits the network: give `preprocess.input_size` in a sidecar if it was another"
+            ));
+            return;
+        }
+    }
 }
 
 /// Compiles the graph for one batch at the model's own size, and throws the result away.

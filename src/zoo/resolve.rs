@@ -21,6 +21,12 @@ use crate::error::{Error, Result};
 /// Side assumed for files that accept any image size and have no sidecar, in pixels.
 const DEFAULT_SIDE: usize = 224;
 
+/// Key of the image size in [`Resolved::provenance`].
+pub const SIZE_KEY: &str = "preprocess.input_size";
+
+/// How the note on a file without an image size begins.
+pub const OPEN_SIZE_NOTE: &str = "the file leaves the image size open";
+
 /// A spec with the source of its values and what the user should know.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Resolved {
@@ -247,7 +253,7 @@ impl Merge<'_> {
     }
 
     fn input_size(&mut self, said: &SidecarPreprocess, input: &InputFacts) -> Result<[usize; 3]> {
-        const KEY: &str = "preprocess.input_size";
+        const KEY: &str = SIZE_KEY;
         let facts = [input.channels, input.height, input.width];
         if let Some(said) = said.input_size {
             let agrees = said.iter().zip(facts).all(|(&s, fact)| fact.is_none_or(|f| f == s));
@@ -272,7 +278,7 @@ impl Merge<'_> {
         self.found(KEY, Provenance::Default);
         let side = input.height.or(input.width).unwrap_or(DEFAULT_SIDE);
         self.notes.push(format!(
-            "the file leaves the image size open, {side} is assumed: give `preprocess.input_size` in a sidecar"
+            "{OPEN_SIZE_NOTE}, {side} is assumed: give `preprocess.input_size` in a sidecar"
         ));
         Ok([channels, input.height.unwrap_or(side), input.width.unwrap_or(side)])
     }

@@ -5,12 +5,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use metazoa::app::Context;
-use metazoa::app::ingest::{CatalogWriting, Ingest, IngestOptions, Strictness, ingest};
+use metazoa::app::ingest::{
+    CatalogWriting, Ingest, IngestOptions, ProbeOptions, Strictness, ingest,
+};
 use metazoa::app::ingest_output;
 use metazoa::zoo::catalog::{Catalog, CatalogModel, Provenance};
 use metazoa::zoo::{Access, Color, ModelSpec, OutputKind, Sidecar, candidates};
 
-use crate::support::{repository, shared, temp_dir};
+use crate::support::{repository, runtime, shared, temp_dir};
 
 const ZOOS: [(&str, usize); 4] = [("zoo_ss", 40), ("zoo_sh", 12), ("zoo_mh", 12), ("zoo_edge", 38)];
 
@@ -19,7 +21,7 @@ fn look(zoo: &Path) -> Ingest {
 }
 
 fn try_look(zoo: &Path, catalog: CatalogWriting) -> metazoa::Result<Ingest> {
-    ingest(&Context::silent(0), &IngestOptions { zoo: zoo.to_path_buf(), catalog })
+    ingest(&Context::silent(0), &IngestOptions { zoo: zoo.to_path_buf(), catalog, probe: None })
 }
 
 fn by_id(ingest: &Ingest) -> BTreeMap<&str, &CatalogModel> {
@@ -448,4 +450,53 @@ fn colour_and_range_are_inferred_only_where_the_graph_shows_them() {
     assert_eq!(plain.provenance["preprocess.color"], Provenance::Default);
     assert_eq!(plain.provenance["preprocess.mean"], Provenance::Default);
     assert!(plain.notes.iter().any(|note| note.contains("normalisation unknown")));
+}
+
+/// Ingests with first contact in child processes of the real binary.
+fn look_closely(zoo: &Path) -> Ingest {
+    let probe = ProbeOptions {
+        executable: env!("CARGO_BIN_EXE_metazoa").into(),
+        library: runtime().library().path.clone(),
+    };
+    let options =
+        IngestOptions { zoo: zoo.to_path_buf(), catalog: CatalogWriting::Skip, probe: Some(probe) };
+    ingest(&Context::silent(0), &options).unwrap()
+}
+
+#[test]
+fn black_box_models_are_tried_out_in_onnx_runtime_at_ingest() {
+    let zoo = temp_dir();
+    copy(&bundled(), zoo.path(), &["edge_int8_qdq.onnx", "edge_softmax.onnx"]);
+    std::fs::write(zoo.path().join("edge_softmax.yaml"), "schema_version: 1\naccess: black-box\n")
+        .unwrap();
+    let untried = look(zoo.path());
+    let note = |found: &Ingest, text: &str| {
+        found.models.iter().filter(|m| m.notes.iter().any(|n| n.contains(text))).count()
+    };
+    assert_eq!(note(&untried, "not tried in ONNX Runtime"), 2);
+    let tried = look_closely(zoo.path());
+    assert_eq!(tried.rejected, []);
+    assert_eq!(note(&tried, "not tried"), 0);
+    for model in &tried.models {
+        assert_eq!(model.spec.access, Access::BlackBox);
+        assert!(!model.spec.batch_dependent, "{}", model.spec.id);
+    }
+
+    // Nothing but running it tells that a black-box model cannot be run.
+    let broken = break_operator(&std::fs::read(bundled().join("edge_softmax.onnx")).unwrap());
+    std::fs::write(zoo.path().join("edge_softmax.onnx"), broken).unwrap();
+    let found = look_closely(zoo.path());
+    assert_eq!(found.rejected.len(), 1, "{}", ingest_output::table(&found));
+    assert_eq!(found.rejected[0].path, "edge_softmax.onnx");
+    assert!(found.rejected[0].reason.contains("ONNX Runtime"), "{:?}", found.rejected);
+}
+
+/// The model with the first `MaxPool` renamed to an operator that does not exist.
+fn break_operator(bytes: &[u8]) -> Vec<u8> {
+    // NodeProto.op_type: field 4, length 7.
+    let field = b"\x22\x07MaxPool";
+    let at = bytes.windows(field.len()).position(|window| window == field).unwrap();
+    let mut broken = bytes.to_vec();
+    broken[at + 2..at + 9].copy_from_slice(b"NoxPool");
+    broken
 }

@@ -27,8 +27,8 @@ pub struct OutputFacts {
     pub certainty: Certainty,
     /// Other outputs that would do as well; empty when the choice is plain.
     pub alternatives: Vec<String>,
-    /// For an output of labels: the scores behind its argmax.
-    pub scores_behind: Option<String>,
+    /// For an output of labels: the scores behind its argmax, and what they are.
+    pub scores_behind: Option<(String, OutputKind)>,
 }
 
 /// How sure the kind of an output is.
@@ -120,7 +120,10 @@ fn look(index: &GraphIndex<'_>, port: &Port) -> std::result::Result<OutputFacts,
             Certainty::Assumed
         },
         alternatives: Vec::new(),
-        scores_behind: tail.scores,
+        scores_behind: tail.scores.map(|scores| {
+            let kind = trace(index, &scores).kind.unwrap_or(OutputKind::Logits);
+            (scores, kind)
+        }),
     })
 }
 

@@ -198,7 +198,7 @@ fn labels_are_told_from_scores() {
     );
     let facts = output_of(&graph);
     assert_eq!((facts.kind, facts.classes), (OutputKind::Labels, 5));
-    assert_eq!(facts.scores_behind.as_deref(), Some("logits"));
+    assert_eq!(facts.scores_behind, Some(("logits".into(), OutputKind::Logits)));
     // Beside scores, labels are left alone.
     let graph = with_tail(
         vec![
