@@ -1,10 +1,20 @@
 //! What evaluation needs of a meta-model: images in, one vector an image out.
 
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
+use super::run_folder::RunFolder;
+use crate::error::{Error, Result, ResultExt};
+use crate::graph::{CompileOptions, Dimension, Graph, Plan, Workspace};
+use crate::meta::{Backbone, BnMode};
+use crate::onnx;
 use crate::tensor::Images;
+
+/// Images an exported model is compiled for; a smaller batch is filled up.
+const ONNX_BATCH: usize = 64;
 
 /// Which statistics the meta-model's batch normalisation uses on test images.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -40,4 +50,155 @@ pub trait Embedder: Send + Sync {
     /// # Errors
     /// When the model fails, or cannot normalise in the way asked for.
     fn embed(&self, images: &Images, batch_norm: BatchNorm) -> Result<Vec<f32>>;
+}
+
+/// A trained (or untrained) network in memory.
+#[derive(Debug)]
+pub struct BackboneEmbedder {
+    backbone: Backbone,
+    image_size: [usize; 2],
+    dim: usize,
+}
+
+impl BackboneEmbedder {
+    /// `backbone` for images of `[height, width]`.
+    ///
+    /// # Errors
+    /// When the images are too small for it.
+    pub fn new(backbone: Backbone, image_size: [usize; 2]) -> Result<Self> {
+        let dim = backbone.embedding_dim(image_size[0], image_size[1])?;
+        Ok(Self { backbone, image_size, dim })
+    }
+
+    /// The network of a run's newest checkpoint.
+    ///
+    /// # Errors
+    /// When the run has no usable checkpoint.
+    pub fn trained(run: &RunFolder) -> Result<Self> {
+        Self::new(Backbone::load(&run.latest_checkpoint()?)?, run.config()?.image_size)
+    }
+
+    /// The network that the run's training started from.
+    ///
+    /// # Errors
+    /// When the run's settings are damaged.
+    pub fn untrained(run: &RunFolder) -> Result<Self> {
+        let config = run.config()?;
+        Self::new(Backbone::conv4(config.meta.width, config.seed)?, config.image_size)
+    }
+}
+
+impl Embedder for BackboneEmbedder {
+    fn image_size(&self) -> [usize; 2] {
+        self.image_size
+    }
+
+    fn dim(&self) -> usize {
+        self.dim
+    }
+
+    fn embed(&self, images: &Images, batch_norm: BatchNorm) -> Result<Vec<f32>> {
+        let mode = match batch_norm {
+            BatchNorm::Inductive => BnMode::Running,
+            BatchNorm::Transductive => BnMode::Batch,
+        };
+        self.backbone.embed(images, mode)
+    }
+}
+
+/// An exported embedding, run by our own engine.
+#[derive(Debug)]
+pub struct OnnxEmbedder {
+    plan: Plan<f32>,
+    image_size: [usize; 2],
+    dim: usize,
+    /// Buffers not in use; at most one a thread.
+    spare: Mutex<Vec<Workspace<f32>>>,
+}
+
+impl OnnxEmbedder {
+    /// Opens a file with one image input `[batch, 3, height, width]`; of its outputs the one called
+    /// `embedding`, else the first, is used.
+    ///
+    /// # Errors
+    /// When the file is no such model, or has an operator that our engine lacks.
+    pub fn open(path: &Path) -> Result<Self> {
+        let root = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let model = onnx::load(path, root)?;
+        Self::compile(&model.graph).context(|| format!("meta-model `{}`", path.display()))
+    }
+
+    fn compile(graph: &Graph) -> Result<Self> {
+        let hint = || "`metazoa export RUN --form embedding` writes such a file".to_owned();
+        let inputs: Vec<&str> = graph.inputs.iter().map(|port| port.name.as_str()).collect();
+        let [input] = graph.inputs.as_slice() else {
+            return Err(Error::input(format!(
+                "an embedding has one input, this model has `{}`",
+                inputs.join("`, `")
+            ))
+            .hint(hint()));
+        };
+        let Some([_, Dimension::Fixed(3), Dimension::Fixed(height), Dimension::Fixed(width)]) =
+            input.shape.as_deref()
+        else {
+            return Err(Error::input(format!(
+                "input must be RGB images [batch, 3, height, width] of a fixed size: `{}`",
+                input.name
+            ))
+            .hint(hint()));
+        };
+        let named = graph.outputs.iter().find(|port| port.name == "embedding");
+        let output = named.or(graph.outputs.first());
+        let output = output.ok_or_else(|| Error::input("the model has no output"))?;
+        let plan = Plan::compile(
+            graph,
+            &CompileOptions {
+                input: input.name.clone(),
+                input_shape: vec![ONNX_BATCH, 3, *height, *width],
+                output: output.name.clone(),
+            },
+        )?;
+        let dim = match plan.output_shape() {
+            [ONNX_BATCH, rest @ ..] if !rest.is_empty() => rest.iter().product(),
+            other => {
+                return Err(Error::input(format!(
+                    "output must hold one vector an image, its shape is `{other:?}`"
+                ))
+                .hint(hint()));
+            }
+        };
+        Ok(Self { plan, image_size: [*height, *width], dim, spare: Mutex::default() })
+    }
+}
+
+impl Embedder for OnnxEmbedder {
+    fn image_size(&self) -> [usize; 2] {
+        self.image_size
+    }
+
+    fn dim(&self) -> usize {
+        self.dim
+    }
+
+    fn embed(&self, images: &Images, batch_norm: BatchNorm) -> Result<Vec<f32>> {
+        if batch_norm == BatchNorm::Transductive {
+            return Err(Error::unsupported(
+                "an exported model has its statistics fixed: `--bn transductive` needs the run",
+            )
+            .hint("evaluate the run folder, or leave out `--bn`"));
+        }
+        let lock = || self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        let spare = lock().pop();
+        let mut workspace = spare.unwrap_or_else(|| self.plan.workspace());
+        let mut vectors = Vec::with_capacity(images.len() * self.dim);
+        let mut batch = vec![0.0; ONNX_BATCH * images.stride()];
+        for start in (0..images.len()).step_by(ONNX_BATCH) {
+            let part = images.range(start, images.len().min(start + ONNX_BATCH));
+            batch[..part.data().len()].copy_from_slice(part.data());
+            let output = self.plan.forward(&mut workspace, &batch);
+            vectors.extend_from_slice(&output[..part.len() * self.dim]);
+        }
+        lock().push(workspace);
+        Ok(vectors)
+    }
 }

@@ -6,7 +6,7 @@
 //! paired intervals.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use rayon::prelude::*;
@@ -14,7 +14,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::context::Context;
-use super::embedder::{BatchNorm, Embedder};
+use super::embedder::{BackboneEmbedder, BatchNorm, Embedder, OnnxEmbedder};
+use super::run_folder::RunFolder;
 use crate::data::{
     Episode, EpisodeSampler, EpisodeShape, ImageFolder, ImageSet, nearest_neighbour,
     nearest_prototype,
@@ -162,6 +163,46 @@ pub fn evaluate(
         baselines: baseline_results(&rows, &accuracies),
     };
     Ok((result, rows))
+}
+
+/// Evaluates `target`: a run folder, which keeps the result under `eval/`, or an exported embedding.
+///
+/// # Errors
+/// As [`evaluate`]; and when the target is neither.
+pub fn evaluate_target(
+    target: &Path,
+    options: &EvalOptions,
+    context: &Context,
+) -> Result<EvalResult> {
+    if target.is_file() {
+        let model = OnnxEmbedder::open(target)?;
+        return Ok(evaluate(&model, None, options, context)?.0);
+    }
+    let run = RunFolder::open(target)?;
+    let model = BackboneEmbedder::trained(&run)?;
+    let untrained = BackboneEmbedder::untrained(&run)?;
+    let (result, rows) = evaluate(&model, Some(&untrained), options, context)?;
+    let name = file_name(&result);
+    run.write(&format!("eval/{name}.episodes.jsonl"), rows_to_jsonl(&rows)?.as_bytes())?;
+    let json = serde_json::to_vec_pretty(&result)
+        .map_err(|error| Error::internal(format!("cannot write the result: `{error}`")))?;
+    run.write(&format!("eval/{name}.json"), &json)?;
+    Ok(result)
+}
+
+/// `glyphs-meta_test-5way-1shot-inductive`: one file for each thing evaluated, replaced when it is
+/// evaluated again.
+fn file_name(result: &EvalResult) -> String {
+    let data = result.data.file_name().map(|n| n.to_string_lossy().into_owned());
+    let parts = [
+        data.unwrap_or_default(),
+        result.split.clone(),
+        format!("{}way", result.way),
+        format!("{}shot", result.shot),
+        result.bn.name().to_owned(),
+    ];
+    let parts: Vec<&str> = parts.iter().map(String::as_str).filter(|p| !p.is_empty()).collect();
+    parts.join("-")
 }
 
 /// The rows as the text of `episodes.jsonl`.

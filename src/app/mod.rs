@@ -4,15 +4,21 @@
 //! returns a result object that `cli` prints as a table or as JSON. Whoever embeds the library
 //! calls these functions.
 
+pub mod config;
 pub mod context;
 pub mod embedder;
 pub mod eval;
+pub mod files;
 pub mod ingest;
 pub mod ingest_output;
 pub mod ingest_probe;
 pub mod progress;
+pub mod report;
+pub mod run_folder;
 pub mod schemas;
 
+pub use config::RunConfig;
 pub use context::Context;
 pub use embedder::{BatchNorm, Embedder};
 pub use progress::{Progress, Silent, Stage};
+pub use run_folder::{RunFolder, RunRecord};

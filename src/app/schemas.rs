@@ -4,8 +4,10 @@
 
 use schemars::{JsonSchema, Schema, generate::SchemaSettings};
 
+use super::config::RunConfig;
 use super::eval::EvalResult;
 use super::ingest_output::IngestOutput;
+use super::run_folder::RunRecord;
 use crate::error::{Error, Result};
 use crate::report::Event;
 use crate::zoo::Sidecar;
@@ -15,9 +17,11 @@ use crate::zoo::catalog::Catalog;
 pub fn all() -> Vec<(&'static str, Schema)> {
     vec![
         ("catalog", schema_of_written::<Catalog>()),
-        ("eval", schema_of::<EvalResult>()),
+        ("config", schema_of::<RunConfig>()),
+        ("eval", schema_of_written::<EvalResult>()),
         ("event", schema_of::<Event>()),
         ("ingest", schema_of_written::<IngestOutput>()),
+        ("run", schema_of_written::<RunRecord>()),
         ("sidecar", schema_of::<Sidecar>()),
     ]
 }

@@ -23,6 +23,12 @@ pub(crate) struct Cli {
 /// The verbs.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Check every model of a folder and write its catalog.json
+    Ingest(verbs::ingest::IngestArgs),
+    /// Few-shot accuracy of a run or an exported meta-model on real images
+    Eval(verbs::eval::EvalArgs),
+    /// Write a run's self-contained report.html
+    Report(verbs::report::ReportArgs),
     /// Print the JSON schemas of the files and results
     Schema(verbs::schema::SchemaArgs),
     /// Print shell completions

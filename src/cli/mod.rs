@@ -62,6 +62,9 @@ fn run(command: &args::Command, settings: &Settings, printer: &Printer) -> Resul
     startup::start_threads(settings)?;
     startup::start_logging(settings, printer);
     match command {
+        args::Command::Ingest(args) => verbs::ingest::run(args, settings, printer),
+        args::Command::Eval(args) => verbs::eval::run(args, settings, printer),
+        args::Command::Report(args) => verbs::report::run(args, printer),
         args::Command::Schema(args) => verbs::schema::run(args, printer),
         args::Command::Completions(args) => verbs::completions::run(args, printer),
         args::Command::ProbeModel(args) => verbs::probe_model::run(args, printer),

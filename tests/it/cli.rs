@@ -13,6 +13,9 @@ fn help_lists_only_what_works() {
     Usage: metazoa [OPTIONS] <COMMAND>
 
     Commands:
+      ingest       Check every model of a folder and write its catalog.json
+      eval         Few-shot accuracy of a run or an exported meta-model on real images
+      report       Write a run's self-contained report.html
       schema       Print the JSON schemas of the files and results
       completions  Print shell completions
       help         Print this message or the help of the given subcommand(s)
@@ -64,7 +67,7 @@ fn completions_know_every_verb() {
     let here = temp_dir();
     let ran = run_in(here.path(), &["completions", "bash"]);
     assert_eq!(ran.code, 0);
-    for verb in ["schema", "completions"] {
+    for verb in ["ingest", "eval", "report", "schema", "completions"] {
         assert!(ran.stdout.contains(verb), "{verb}");
     }
 }

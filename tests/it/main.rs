@@ -5,11 +5,14 @@
 mod black;
 mod cli;
 mod data;
+mod eval;
 mod meta;
 mod onnx;
 mod graph;
 mod pictures;
 mod probe;
+mod report;
+mod runs;
 mod schemas;
 mod support;
 mod tape;

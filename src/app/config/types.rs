@@ -1,0 +1,279 @@
+//! The settings themselves, with their defaults: what a YAML file may hold.
+
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Everything that decides what a run does.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct RunConfig {
+    /// Version of this format: 1.
+    pub schema_version: u32,
+    /// The folder of models.
+    pub zoo: PathBuf,
+    /// The method.
+    pub method: Method,
+    /// Seed of all randomness.
+    pub seed: u64,
+    /// `[height, width]` of recovered images and of the meta-model's input.
+    pub image_size: [usize; 2],
+    /// Use only the first so many accepted models, in order of their ids; null uses all.
+    pub max_models: Option<usize>,
+    /// Recovering images from the models.
+    pub recover: RecoverConfig,
+    /// Meta-training on the recovered images.
+    pub meta: MetaConfig,
+    /// Evaluation after training; null skips it.
+    pub eval: Option<EvalConfig>,
+    /// What `run` exports.
+    pub export: Vec<ExportForm>,
+}
+
+/// The data-free meta-learning method.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// Episode curriculum inversion (CVPR 2023).
+    Purer,
+}
+
+/// Recovering images.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct RecoverConfig {
+    /// Images a class of each model.
+    pub images_per_class: usize,
+    /// By gradients, from white-box models.
+    pub white_box: WhiteBoxConfig,
+    /// By queries, from black-box models.
+    pub black_box: BlackBoxConfig,
+}
+
+/// Pixel inversion (PURER sec. 2.2; DeepInversion).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct WhiteBoxConfig {
+    /// Optimiser steps.
+    pub steps: usize,
+    /// Adam's learning rate, in units of the canonical image's range.
+    pub learning_rate: f32,
+    /// Weight of the normalisation statistics.
+    pub statistics_weight: f32,
+    /// Weight of the total variation.
+    pub total_variation_weight: f32,
+    /// Weight of the L2 norm.
+    pub l2_weight: f32,
+    /// Largest random shift, pixels.
+    pub jitter: usize,
+}
+
+/// Generator with zero-order gradients (BiDf-MKD sec. 3.1).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct BlackBoxConfig {
+    /// Generator steps.
+    pub steps: usize,
+    /// Adam's learning rate of generator and latents.
+    pub learning_rate: f32,
+    /// Random directions q of an estimate.
+    pub directions: usize,
+    /// Smoothing mu of the finite differences.
+    pub smoothing: f32,
+    /// Queries that may be spent on a model without a budget of its own; null is no limit.
+    pub query_budget: Option<u64>,
+}
+
+/// Meta-training.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct MetaConfig {
+    /// Channels of the Conv4 backbone.
+    pub width: usize,
+    /// Steps, of one episode each.
+    pub steps: u64,
+    /// Classes in an episode.
+    pub way: usize,
+    /// Support images a class.
+    pub shot: usize,
+    /// Query images a class.
+    pub query: usize,
+    /// Adam's learning rate.
+    pub learning_rate: f64,
+    /// How the learning rate moves.
+    pub schedule: Schedule,
+    /// Share of the episodes that mix classes of several models, 0 to 1.
+    pub cross_model_share: f64,
+    /// What is done to the images of an episode.
+    pub augmentation: AugmentationConfig,
+    /// Steps between checkpoints.
+    pub checkpoint_every: u64,
+}
+
+/// How the learning rate moves over the steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Schedule {
+    /// It stays.
+    Constant,
+    /// Half a cosine down to 0.
+    Cosine,
+}
+
+/// Augmentation of episode images, one draw an image.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct AugmentationConfig {
+    /// Largest shift, pixels.
+    pub shift: usize,
+    /// What a shift brings in at the edge.
+    pub edge: Edge,
+    /// Random colour map; null keeps colours, and then a learner tells models apart instead of
+    /// classes.
+    pub color: Option<ColorConfig>,
+}
+
+/// What a shift brings in at the edge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Edge {
+    /// Mid grey.
+    Grey,
+    /// The nearest pixel of the image.
+    Nearest,
+}
+
+/// A random colour map on centred values: `(identity * I + matrix * N(0, 1)) x + offset * N(0, 1)`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ColorConfig {
+    /// Weight of the image's own colours.
+    pub identity: f32,
+    /// Standard deviation of the nine entries.
+    pub matrix: f32,
+    /// Standard deviation of the three offsets, in units of the pixel range.
+    pub offset: f32,
+}
+
+/// Evaluation on real images.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct EvalConfig {
+    /// An ImageFolder.
+    pub data: PathBuf,
+    /// Its split; null when it has none.
+    pub split: Option<String>,
+    /// Classes in an episode.
+    pub way: usize,
+    /// Support images a class; one evaluation each.
+    pub shots: Vec<usize>,
+    /// Query images a class.
+    pub query: usize,
+    /// Episodes.
+    pub episodes: u64,
+}
+
+/// The form of an exported meta-model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ExportForm {
+    /// Images in, embeddings out.
+    Embedding,
+    /// Support images, support labels and query images in, logits out.
+    Episode,
+}
+
+impl Default for RunConfig {
+    fn default() -> Self {
+        Self {
+            schema_version: 1,
+            zoo: "zoo".into(),
+            method: Method::Purer,
+            seed: 0,
+            image_size: [32, 32],
+            max_models: None,
+            recover: RecoverConfig::default(),
+            meta: MetaConfig::default(),
+            eval: None,
+            export: vec![ExportForm::Embedding, ExportForm::Episode],
+        }
+    }
+}
+
+impl Default for RecoverConfig {
+    fn default() -> Self {
+        Self {
+            images_per_class: 12,
+            white_box: WhiteBoxConfig::default(),
+            black_box: BlackBoxConfig::default(),
+        }
+    }
+}
+
+impl Default for WhiteBoxConfig {
+    fn default() -> Self {
+        Self {
+            steps: 150,
+            learning_rate: 0.025,
+            statistics_weight: 0.3,
+            total_variation_weight: 1e-3,
+            l2_weight: 1e-5,
+            jitter: 2,
+        }
+    }
+}
+
+impl Default for BlackBoxConfig {
+    fn default() -> Self {
+        Self {
+            steps: 60,
+            learning_rate: 1e-3,
+            directions: 20,
+            smoothing: 0.005,
+            query_budget: Some(500_000),
+        }
+    }
+}
+
+impl Default for MetaConfig {
+    fn default() -> Self {
+        Self {
+            width: crate::meta::backbone::STANDARD_WIDTH,
+            steps: 600,
+            way: 5,
+            shot: 5,
+            query: 7,
+            learning_rate: 2e-3,
+            schedule: Schedule::Constant,
+            cross_model_share: 1.0,
+            augmentation: AugmentationConfig::default(),
+            checkpoint_every: 100,
+        }
+    }
+}
+
+impl Default for AugmentationConfig {
+    fn default() -> Self {
+        Self { shift: 2, edge: Edge::Grey, color: Some(ColorConfig::default()) }
+    }
+}
+
+impl Default for ColorConfig {
+    fn default() -> Self {
+        Self { identity: 0.5, matrix: 0.5, offset: 0.2 }
+    }
+}
+
+impl Default for EvalConfig {
+    fn default() -> Self {
+        Self {
+            data: PathBuf::new(),
+            split: None,
+            way: 5,
+            shots: vec![1, 5],
+            query: 15,
+            episodes: 600,
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! `metazoa eval RUN|META.onnx --data DIR`: few-shot accuracy on real images.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use crate::app::BatchNorm;
+use crate::app::eval::{Baselines, EvalOptions, EvalResult, evaluate_target};
+use crate::cli::printer::Printer;
+use crate::cli::settings::Settings;
+use crate::cli::{Outcome, startup};
+use crate::data::EpisodeShape;
+use crate::error::Result;
+
+/// Arguments of `eval`.
+#[derive(Debug, Args)]
+pub(crate) struct EvalArgs {
+    /// A run folder, or an exported embedding
+    #[arg(value_name = "RUN|META.onnx")]
+    target: PathBuf,
+    /// Images, one folder a class (FOLDER/CLASS/*.png or FOLDER/SPLIT/CLASS/*.png)
+    #[arg(long, value_name = "DIR")]
+    data: PathBuf,
+    /// The split, where DIR has several
+    #[arg(long, value_name = "S")]
+    split: Option<String>,
+    /// Classes in an episode
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    way: usize,
+    /// Support images a class
+    #[arg(long, value_name = "K", default_value_t = 1)]
+    shot: usize,
+    /// Query images a class
+    #[arg(long, value_name = "Q", default_value_t = 15)]
+    query: usize,
+    /// Number of episodes
+    #[arg(long, value_name = "E", default_value_t = 600)]
+    episodes: u64,
+    /// Batch normalisation at test time: statistics of training, or of the episode's own images
+    #[arg(long, value_enum, default_value_t = Bn::Inductive)]
+    bn: Bn,
+    /// Also the untrained network and pixel rules on the same episodes
+    #[arg(long)]
+    baselines: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Bn {
+    Inductive,
+    Transductive,
+}
+
+/// Evaluates and prints accuracy and baselines.
+pub(crate) fn run(args: &EvalArgs, settings: &Settings, printer: &Printer) -> Result<Outcome> {
+    let context = startup::context(settings, printer)?;
+    let options = EvalOptions {
+        data: args.data.clone(),
+        split: args.split.clone(),
+        shape: EpisodeShape { way: args.way, shot: args.shot, query: args.query },
+        episodes: args.episodes,
+        batch_norm: match args.bn {
+            Bn::Inductive => BatchNorm::Inductive,
+            Bn::Transductive => BatchNorm::Transductive,
+        },
+        baselines: if args.baselines { Baselines::All } else { Baselines::Skip },
+    };
+    let result = evaluate_target(&args.target, &options, &context)?;
+    printer.result(&result, table)?;
+    Ok(Outcome::Done)
+}
+
+pub(crate) fn table(result: &EvalResult) -> String {
+    let mut text = format!(
+        "{}-way {}-shot, {} queries a class, {} episodes, {}, seed {}\n",
+        result.way,
+        result.shot,
+        result.query,
+        result.episodes,
+        result.bn.name(),
+        result.seed
+    );
+    let percent = |x: f64| 100.0 * x;
+    let (accuracy, ci) = (percent(result.accuracy), percent(result.ci95));
+    // Writing to a `String` cannot fail.
+    let _ = writeln!(text, "{:<16} {accuracy:5.1} \u{b1} {ci:.1} %", "meta-model");
+    for (name, b) in &result.baselines {
+        let _ = writeln!(
+            text,
+            "{name:<16} {:5.1} \u{b1} {:.1} %   gain {:+.1} \u{b1} {:.1}",
+            percent(b.accuracy),
+            percent(b.ci95),
+            percent(b.gain),
+            percent(b.gain_ci95)
+        );
+    }
+    text
+}

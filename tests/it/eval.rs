@@ -1,0 +1,212 @@
+//! Evaluation: accuracies that can be worked out, independence of threads, the command.
+
+use std::path::Path;
+
+use metazoa::app::embedder::OnnxEmbedder;
+use metazoa::app::eval::{Baselines, EvalOptions, evaluate};
+use metazoa::app::{BatchNorm, Context, Embedder};
+use metazoa::data::EpisodeShape;
+use metazoa::meta::{Backbone, BnMode};
+use metazoa::tensor::{Images, RngStream};
+use metazoa::{Result, onnx};
+
+use crate::pictures::write_classes;
+use crate::runs::finished_run;
+use crate::support::{run_in, temp_dir};
+
+const CLASSES: [&str; 6] = ["ant", "bee", "cat", "dog", "elk", "fox"];
+
+/// The mean colour of an image; transductive: minus the batch's mean.
+struct MeanColor;
+
+impl Embedder for MeanColor {
+    fn image_size(&self) -> [usize; 2] {
+        [16, 16]
+    }
+
+    fn dim(&self) -> usize {
+        3
+    }
+
+    fn embed(&self, images: &Images, batch_norm: BatchNorm) -> Result<Vec<f32>> {
+        let mut vectors: Vec<f32> =
+            images.data().chunks_exact(256).map(|p| p.iter().sum::<f32>() / 256.0).collect();
+        if batch_norm == BatchNorm::Transductive {
+            assert_eq!(images.len(), 3 * (1 + 4), "support and queries come together");
+            for channel in 0..3 {
+                let of = |vectors: &[f32]| vectors.iter().skip(channel).step_by(3).sum::<f32>();
+                let mean = of(&vectors) / images.len() as f32;
+                vectors.iter_mut().skip(channel).step_by(3).for_each(|v| *v -= mean);
+            }
+        }
+        Ok(vectors)
+    }
+}
+
+/// The same vector for everything: the first class always wins.
+struct Blind;
+
+impl Embedder for Blind {
+    fn image_size(&self) -> [usize; 2] {
+        [16, 16]
+    }
+
+    fn dim(&self) -> usize {
+        1
+    }
+
+    fn embed(&self, images: &Images, _: BatchNorm) -> Result<Vec<f32>> {
+        Ok(vec![0.25; images.len()])
+    }
+}
+
+fn options(data: &Path, batch_norm: BatchNorm) -> EvalOptions {
+    EvalOptions {
+        data: data.into(),
+        split: None,
+        shape: EpisodeShape { way: 3, shot: 1, query: 4 },
+        episodes: 40,
+        batch_norm,
+        baselines: Baselines::All,
+    }
+}
+
+#[test]
+fn classes_that_differ_in_colour_are_told_apart_by_colour_and_by_nothing_blind() {
+    let here = temp_dir();
+    write_classes(here.path(), &CLASSES, 6, [16, 16]);
+    for batch_norm in [BatchNorm::Inductive, BatchNorm::Transductive] {
+        let options = options(here.path(), batch_norm);
+        let context = Context::silent(0);
+        let (result, rows) = evaluate(&MeanColor, Some(&Blind), &options, &context).unwrap();
+        assert_eq!((result.accuracy, result.ci95), (1.0, 0.0));
+        assert_eq!(rows.len(), 40);
+        let blind = &result.baselines["untrained"];
+        assert!((blind.accuracy - 1.0 / 3.0).abs() < 1e-12, "{blind:?}");
+        assert!((blind.gain - 2.0 / 3.0).abs() < 1e-12 && blind.gain_ci95 < 1e-12);
+        assert_eq!(result.baselines["pixel-prototype"].accuracy, 1.0);
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_rows_for_any_number_of_threads() {
+    let here = temp_dir();
+    write_classes(here.path(), &CLASSES, 6, [16, 16]);
+    let rows = |threads: usize, seed: u64| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let options = options(here.path(), BatchNorm::Inductive);
+        pool.install(|| evaluate(&MeanColor, None, &options, &Context::silent(seed)).unwrap().1)
+    };
+    assert_eq!(rows(1, 5), rows(4, 5));
+    assert_ne!(rows(1, 5), rows(1, 6));
+}
+
+#[test]
+fn an_interrupted_evaluation_stops() {
+    let here = temp_dir();
+    write_classes(here.path(), &CLASSES, 6, [16, 16]);
+    let context = Context::silent(0);
+    context.interrupt.store(true, std::sync::atomic::Ordering::Relaxed);
+    let options = options(here.path(), BatchNorm::Inductive);
+    let error = evaluate(&MeanColor, None, &options, &context).unwrap_err();
+    assert_eq!(error.exit_code(), 130);
+}
+
+#[test]
+fn an_exported_embedding_gives_the_vectors_of_its_network() {
+    let here = temp_dir();
+    let network = Backbone::conv4(8, 3).unwrap();
+    let path = here.path().join("meta.onnx");
+    let graph = network.to_graph(32, 32).unwrap();
+    onnx::write(&path, &graph, &onnx::ExportInfo::new([].into())).unwrap();
+    let exported = OnnxEmbedder::open(&path).unwrap();
+    let values = RngStream::new(0, "test", "", 0).normals(70 * 3 * 32 * 32);
+    let images = Images::new(values, [70, 3, 32, 32]).unwrap();
+    let own = network.embed(&images, BnMode::Running).unwrap();
+    let theirs = exported.embed(&images, BatchNorm::Inductive).unwrap();
+    let norm = |v: &[f32]| v.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+    let gap: Vec<f32> = own.iter().zip(&theirs).map(|(a, b)| a - b).collect();
+    assert_eq!(own.len(), theirs.len());
+    assert!(norm(&gap) / norm(&own) < 1e-5, "{}", norm(&gap) / norm(&own));
+    assert!(exported.embed(&images, BatchNorm::Transductive).is_err());
+}
+
+#[test]
+fn the_command_evaluates_a_run_and_keeps_result_and_episodes() {
+    let here = temp_dir();
+    let run = finished_run(&here.path().join("r"));
+    write_classes(&here.path().join("pictures"), &CLASSES, 8, [20, 12]);
+    let ran = run_in(
+        here.path(),
+        &[
+            "eval",
+            "r",
+            "--data",
+            "pictures",
+            "--query",
+            "4",
+            "--episodes",
+            "30",
+            "--baselines",
+            "--json",
+        ],
+    );
+    assert_eq!((ran.code, ran.stderr.as_str()), (0, ""));
+    let result: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(
+        ["episodes", "way", "shot", "query", "seed"].map(|key| result[key].as_u64().unwrap()),
+        [30, 5, 1, 4, 0]
+    );
+    assert_eq!(result["bn"], "inductive");
+    for name in ["untrained", "pixel-nearest", "pixel-prototype"] {
+        let accuracy = result["baselines"][name]["accuracy"].as_f64().unwrap();
+        assert!((0.0..=1.0).contains(&accuracy), "{name}");
+    }
+    let schema = run_in(here.path(), &["schema", "eval"]).stdout;
+    let schema: serde_json::Value = serde_json::from_str(&schema).unwrap();
+    assert!(jsonschema::is_valid(&schema, &result), "the result fits its own schema");
+
+    let rows = run.path().join("eval/pictures-5way-1shot-inductive.episodes.jsonl");
+    let rows: Vec<serde_json::Value> = std::fs::read_to_string(rows)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let share: f64 = rows.iter().map(|row| row["correct"].as_f64().unwrap() / 20.0).sum();
+    assert!((share / 30.0 - result["accuracy"].as_f64().unwrap()).abs() < 1e-12);
+
+    let ran = run_in(here.path(), &["report", "r"]);
+    assert_eq!((ran.code, ran.stdout.trim()), (0, "r/report.html"));
+    let page = std::fs::read_to_string(run.path().join("report.html")).unwrap();
+    assert!(page.contains("5-way 1-shot") && page.contains("pixel-nearest"));
+}
+
+#[test]
+fn too_few_images_in_a_class_is_one_error() {
+    let here = temp_dir();
+    finished_run(&here.path().join("r"));
+    write_classes(&here.path().join("pictures"), &CLASSES, 5, [16, 16]);
+    std::fs::remove_file(here.path().join("pictures/dog/003.png")).unwrap();
+    let args = ["eval", "r", "--data", "pictures", "--query", "4", "--shot", "1"];
+    let ran = run_in(here.path(), &args);
+    assert_eq!((ran.code, ran.stdout.as_str()), (1, ""));
+    insta::assert_snapshot!(ran.stderr, @r"
+    error: cannot evaluate on `pictures`
+      caused by: class `dog` has 4 usable images, an episode needs 5
+    hint: need = shot + query = 1 + 4: lower `--shot` or `--query`, or add images
+    ");
+    assert_eq!(std::fs::read_dir(here.path().join("r/eval")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_model_that_is_no_embedding_is_refused() {
+    let here = temp_dir();
+    std::fs::write(here.path().join("a.onnx"), b"rubbish").unwrap();
+    write_classes(&here.path().join("pictures"), &CLASSES, 20, [16, 16]);
+    let ran = run_in(here.path(), &["eval", "a.onnx", "--data", "pictures"]);
+    assert_eq!((ran.code, ran.stdout.as_str()), (1, ""));
+    assert!(ran.stderr.starts_with("error: "), "{}", ran.stderr);
+    let ran = run_in(here.path(), &["eval", "nowhere", "--data", "pictures"]);
+    assert_eq!(ran.code, 1);
+    assert!(ran.stderr.contains("no run folder `nowhere`"), "{}", ran.stderr);
+}
