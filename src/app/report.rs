@@ -13,6 +13,9 @@ use crate::report::html::{AccuracyRow, Figure, FigureContent, ModelRow, ReportDa
 use crate::report::{Event, Series, line_plot};
 use crate::zoo::Access;
 
+/// The stages of a run in order.
+const STAGES: [&str; 5] = ["ingest", "recover", "meta", "eval", "export"];
+
 /// What `report` wrote.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ReportResult {
@@ -140,8 +143,9 @@ fn summary(record: &RunRecord) -> Vec<(String, String)> {
     if let Some(reason) = &record.stop_reason {
         items.push(("ended".to_owned(), reason.clone()));
     }
-    let seconds = record.seconds.iter();
-    items.extend(seconds.map(|(stage, s)| (format!("{stage}, s"), format!("{s:.1}"))));
+    let mut seconds: Vec<(&String, &f64)> = record.seconds.iter().collect();
+    seconds.sort_by_key(|(stage, _)| place(stage));
+    items.extend(seconds.into_iter().map(|(stage, s)| (format!("{stage}, s"), format!("{s:.1}"))));
     items
 }
 
@@ -223,6 +227,8 @@ fn curves(events: &[Event]) -> Vec<(String, String, Vec<Series>)> {
             sum.1 += 1;
         }
     }
+    let mut by_figure: Vec<((String, String), Sums)> = by_figure.into_iter().collect();
+    by_figure.sort_by_key(|((stage, _), _)| place(stage));
     by_figure
         .into_iter()
         .filter(|(_, sums)| sums.len() > 1)
@@ -233,6 +239,11 @@ fn curves(events: &[Event]) -> Vec<(String, String, Vec<Series>)> {
             (stage, name, series)
         })
         .collect()
+}
+
+/// The place of a stage in a run; what is not one of them comes last.
+fn place(stage: &str) -> usize {
+    STAGES.iter().position(|known| *known == stage).unwrap_or(STAGES.len())
 }
 
 fn commands(record: &RunRecord, evaluations: &[EvalResult]) -> Vec<String> {

@@ -120,7 +120,7 @@ fn accuracy_table(page: &mut String, data: &ReportData) {
         page.push_str("<p>Not evaluated yet: <code>metazoa eval RUN --data DIR</code></p>\n");
         return;
     }
-    page.push_str("<div class=\"scroll\"><table><thead><tr><th></th>");
+    page.push_str("<div class=\"scroll\"><table class=\"accuracy\"><thead><tr><th></th>");
     for evaluation in &data.evaluations {
         let _ = write!(page, "<th class=\"number\">{}</th>", escape(evaluation));
     }
@@ -131,12 +131,16 @@ fn accuracy_table(page: &mut String, data: &ReportData) {
         for cell in &row.cells {
             match cell {
                 Some((accuracy, ci)) => {
+                    let interval = if *ci > 0.0 {
+                        format!(" <small>&plusmn; {:.1}</small>", 100.0 * ci)
+                    } else {
+                        String::new()
+                    };
                     let _ = write!(
                         page,
-                        "<td class=\"number\">{:.1} <small>&plusmn; {:.1}</small>\
+                        "<td class=\"number\">{:.1}{interval}\
                          <span class=\"bar\" style=\"--share:{:.1}%\"></span></td>",
                         100.0 * accuracy,
-                        100.0 * ci,
                         100.0 * accuracy.clamp(0.0, 1.0)
                     );
                 }
@@ -152,8 +156,13 @@ fn accuracy_table(page: &mut String, data: &ReportData) {
 }
 
 fn figures(page: &mut String, figures: &[Figure]) {
+    page.push_str("<div class=\"figures\">\n");
     for figure in figures {
-        page.push_str("<figure>");
+        let class = match figure.content {
+            FigureContent::Png(_) => " class=\"wide\"",
+            FigureContent::Svg(_) => "",
+        };
+        let _ = write!(page, "<figure{class}>");
         match &figure.content {
             FigureContent::Png(bytes) => {
                 let caption = escape(&figure.caption);
@@ -168,6 +177,7 @@ fn figures(page: &mut String, figures: &[Figure]) {
         }
         let _ = write!(page, "<figcaption>{}</figcaption></figure>\n", escape(&figure.caption));
     }
+    page.push_str("</div>\n");
 }
 
 fn model_table(page: &mut String, models: &[ModelRow]) {
@@ -181,7 +191,7 @@ fn model_table(page: &mut String, models: &[ModelRow]) {
         let classes = model.classes.map_or_else(String::new, |n| n.to_string());
         let _ = write!(
             page,
-            "<tr{class}><td>{}</td><td>{}</td><td class=\"number\">{classes}</td><td>{}</td>\
+            "<tr{class}><td>{}</td><td class=\"tight\">{}</td><td class=\"number\">{classes}</td><td>{}</td>\
              <td><code title=\"{}\">{}</code></td></tr>\n",
             escape(&model.id),
             escape(&model.status),
