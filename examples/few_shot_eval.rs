@@ -38,7 +38,7 @@ impl Embedder for Committee {
 
 fn main() -> Result<()> {
     let context = Context::silent(0);
-    let options = IngestOptions { zoo: "zoo".into(), catalog: CatalogWriting::Skip };
+    let options = IngestOptions { zoo: "zoo".into(), catalog: CatalogWriting::Skip, probe: None };
     let mut committee = Committee(Vec::new());
     for spec in ingest(&context, &options)?.specs() {
         if spec.access == Access::WhiteBox && spec.id.starts_with("ss_") {

@@ -9,7 +9,7 @@ use metazoa::zoo::catalog::Provenance;
 
 fn main() -> metazoa::Result<()> {
     let zoo = std::env::args().nth(1).unwrap_or_else(|| "zoo".into());
-    let options = IngestOptions { zoo: zoo.into(), catalog: CatalogWriting::Skip };
+    let options = IngestOptions { zoo: zoo.into(), catalog: CatalogWriting::Skip, probe: None };
     let found = ingest(&Context::silent(0), &options)?;
     for model in &found.models {
         let spec = &model.spec;

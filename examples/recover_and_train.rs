@@ -16,7 +16,7 @@ use metazoa::methods::{Watch, recover_one};
 use metazoa::{Result, onnx};
 
 fn main() -> Result<()> {
-    let options = IngestOptions { zoo: "zoo".into(), catalog: CatalogWriting::Skip };
+    let options = IngestOptions { zoo: "zoo".into(), catalog: CatalogWriting::Skip, probe: None };
     let found = ingest(&Context::silent(0), &options)?;
     let watch = Watch { observe: &|_| (), interrupt: &AtomicBool::new(false) };
     let mut bank = ImageBank::default();

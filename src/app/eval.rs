@@ -17,7 +17,7 @@ use super::context::Context;
 use super::embedder::{BackboneEmbedder, BatchNorm, Embedder, OnnxEmbedder};
 use super::run_folder::RunFolder;
 use crate::data::{
-    Episode, EpisodeSampler, EpisodeShape, ImageFolder, ImageSet, nearest_neighbour,
+    ClassImages, Episode, EpisodeSampler, EpisodeShape, ImageFolder, ImageSet, nearest_neighbour,
     nearest_prototype,
 };
 use crate::error::{Error, Result, ResultExt};
@@ -109,6 +109,12 @@ pub struct EpisodeRow {
     pub episode: u64,
     /// Names of its classes, in label order.
     pub classes: Vec<String>,
+    /// Support images of each class: places among its usable images, in byte order of their names.
+    pub support: Vec<Vec<usize>>,
+    /// Query images of each class, likewise.
+    pub query: Vec<Vec<usize>>,
+    /// The model's answers, query after query: labels, places in `classes`.
+    pub answers: Vec<usize>,
     /// Queries answered rightly.
     pub correct: usize,
     /// Queries.
@@ -268,23 +274,39 @@ impl<'a> Contest<'a> {
     }
 
     fn answer(&self, episode: &Episode) -> Result<EpisodeRow> {
-        let correct = self.count(&self.model, nearest_prototype, episode)?;
+        let answers = self.answers(&self.model, nearest_prototype, episode)?;
         let mut baselines = BTreeMap::new();
         for (name, features, rule) in &self.baselines {
-            baselines.insert((*name).to_owned(), self.count(features, *rule, episode)?);
+            let answers = self.answers(features, *rule, episode)?;
+            baselines.insert((*name).to_owned(), count_right(&answers, episode));
         }
-        let classes = &episode.classes;
-        let name = |&class: &usize| self.set.classes()[class].name.clone();
+        let classes: Vec<&ClassImages> =
+            episode.classes.iter().map(|&class| &self.set.classes()[class]).collect();
+        let places = |images: &[usize]| {
+            let by_class = images.chunks_exact((images.len() / classes.len()).max(1));
+            let of = |(images, class): (&[usize], &&ClassImages)| {
+                images.iter().map(|image| image - class.range.start).collect()
+            };
+            by_class.zip(&classes).map(of).collect()
+        };
         Ok(EpisodeRow {
             episode: episode.index,
-            classes: classes.iter().map(name).collect(),
-            correct,
+            classes: classes.iter().map(|class| class.name.clone()).collect(),
+            support: places(&episode.support),
+            query: places(&episode.query),
+            correct: count_right(&answers, episode),
+            answers,
             queries: episode.query.len(),
             baselines,
         })
     }
 
-    fn count(&self, features: &Features<'_>, rule: Rule, episode: &Episode) -> Result<usize> {
+    fn answers(
+        &self,
+        features: &Features<'_>,
+        rule: Rule,
+        episode: &Episode,
+    ) -> Result<Vec<usize>> {
         let (support, queries, dim) = self.vectors(features, episode)?;
         if support.iter().chain(&queries).any(|value| !value.is_finite()) {
             return Err(Error::internal(format!(
@@ -293,9 +315,7 @@ impl<'a> Contest<'a> {
             ))
             .hint("training has diverged: lower `meta.learning_rate`"));
         }
-        let answers = rule(&support, &queries, dim, episode.classes.len());
-        let right = |(position, answer): &(usize, usize)| *answer == episode.query_label(*position);
-        Ok(answers.into_iter().enumerate().filter(right).count())
+        Ok(rule(&support, &queries, dim, episode.classes.len()))
     }
 
     /// Support and query vectors and their length.
@@ -325,6 +345,11 @@ impl<'a> Contest<'a> {
             }
         }
     }
+}
+
+fn count_right(answers: &[usize], episode: &Episode) -> usize {
+    let right = |(position, answer): &(usize, &usize)| **answer == episode.query_label(*position);
+    answers.iter().enumerate().filter(right).count()
 }
 
 /// Vectors of every image, in order.
