@@ -317,7 +317,11 @@ pub(super) fn encode(name: &str, constant: &ConstantTensor) -> Result<TensorProt
             }
             // In range: the low bytes of the two's complement are the narrow value.
             let width = width(dtype);
-            v.iter().flat_map(|x| x.to_le_bytes().into_iter().take(width)).collect()
+            let mut raw = Vec::with_capacity(v.len() * width);
+            for x in v {
+                raw.extend_from_slice(&x.to_le_bytes()[..width]);
+            }
+            raw
         }
         _ => return Err(misfit()),
     };
@@ -331,5 +335,9 @@ pub(super) fn encode(name: &str, constant: &ConstantTensor) -> Result<TensorProt
 }
 
 fn bytes<const N: usize, T>(values: &[T], convert: impl Fn(&T) -> [u8; N]) -> Vec<u8> {
-    values.iter().flat_map(|value| convert(value)).collect()
+    let mut bytes = Vec::with_capacity(values.len() * N);
+    for value in values {
+        bytes.extend_from_slice(&convert(value));
+    }
+    bytes
 }

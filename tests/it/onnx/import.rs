@@ -5,6 +5,7 @@ use metazoa::ErrorKind;
 use metazoa::graph::{Attribute, ConstantData, DataType, Dimension};
 
 use super::*;
+use crate::support::shared;
 
 #[test]
 fn every_element_type_is_read_from_raw_and_from_typed_fields() {
@@ -374,4 +375,33 @@ fn an_output_without_a_type_takes_it_from_the_nodes() {
     assert_eq!(read(&model(untyped.clone())).unwrap().graph.outputs[0].dtype, DataType::Int64);
     untyped.node = vec![NodeProto { domain: "my.ops".into(), ..node("Thing", &["x"], &["y"]) }];
     refused(&model(untyped), &["value `y`", "element type"]);
+}
+
+/// The files of `fixtures/architectures` come without weights; zeros take their place here.
+#[test]
+fn every_architecture_is_read_from_every_exporter_with_its_batchnorm_statistics() {
+    let Some(folder) = shared("fixtures/architectures") else { return };
+    let (mut models, mut norms) = (0, 0);
+    for path in super::export::models(&folder) {
+        let bytes = std::fs::read(&path).unwrap();
+        let mut file = ModelProto::decode(bytes.as_slice()).unwrap();
+        let weights = &mut file.graph.as_mut().unwrap().initializer;
+        let size = |tensor: &TensorProto| tensor.dims.iter().product::<i64>() as usize;
+        if weights.iter().map(size).sum::<usize>() > 16_000_000 {
+            continue;
+        }
+        for tensor in weights.iter_mut().filter(|tensor| tensor.doc_string.contains("hydrate")) {
+            tensor.raw_data = vec![0; 4 * size(tensor)];
+        }
+        let read = read(&file).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let graph = &read.graph;
+        assert_eq!((read.opset, graph.outputs.len()), (20, 1), "{}", path.display());
+        for node in graph.nodes.iter().filter(|node| node.op_type == "BatchNormalization") {
+            let known = node.inputs[1..].iter().all(|name| graph.constants.contains_key(name));
+            assert!(known, "{}: {}", path.display(), node.describe());
+            norms += 1;
+        }
+        models += 1;
+    }
+    assert!(models >= 40 && norms >= 500, "{models} models with {norms} norm layers");
 }
