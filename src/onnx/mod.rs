@@ -6,6 +6,7 @@
 //! hostile, [`crate::ErrorKind::Unsupported`] that it may be a sound file which the graph cannot hold
 //! (ONNX Runtime may still run it).
 
+mod attributes;
 mod build;
 mod export;
 mod external;

@@ -5,11 +5,11 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet};
+use std::sync::Arc;
 
 use super::ports::Declared;
 use crate::error::{Error, Result};
 use crate::graph::{ConstantTensor, Node};
-use std::sync::Arc;
 
 /// Values that a graph reads but does not define, each with the node that reads it.
 pub(super) type Captures = BTreeMap<String, String>;
@@ -85,7 +85,8 @@ pub(super) fn sort(
     Ok((order.into_iter().filter_map(|position| nodes[position].take()).collect(), captures))
 }
 
-fn twice(name: &str) -> Error {
+/// The error for a name that is given to two values.
+pub(super) fn twice(name: &str) -> Error {
     Error::input(format!("value defined more than once: `{name}`"))
         .hint("names of values must be unique; export the model again")
 }

@@ -5,8 +5,10 @@ use std::path::Path;
 
 use metazoa::access::session::{Session, Tensor};
 use metazoa::graph::{ConstantTensor, Dimension, Graph, Port};
+use metazoa::meta::backbone::{Backbone, BnMode};
 use metazoa::meta::export::{classifier_graph, episode_graph};
 use metazoa::onnx::{ExportInfo, load, write};
+use metazoa::tensor::Images;
 
 use crate::support::{repository, runtime, temp_dir};
 
@@ -139,4 +141,34 @@ fn a_backbone_that_cannot_be_composed_is_refused_with_the_reason() {
     let mut two = sound.clone();
     two.inputs.push(Port { name: "mask".into(), ..sound.inputs[0].clone() });
     refuse(&two, "one input, found `2`");
+}
+
+#[test]
+fn the_built_in_backbone_leaves_with_the_embeddings_of_its_tape() {
+    let temp = temp_dir();
+    let backbone = Backbone::conv4(8, 3).unwrap();
+    let embedding = backbone.to_graph(32, 32).unwrap();
+    let mut plain = open(temp.path(), "embedding.onnx", &embedding);
+    let canonical = |tensor: &Tensor| {
+        let values = tensor.values.to_f32().iter().map(|x| x * 0.5 + 0.5).collect();
+        Images::new(values, [tensor.shape[0], 3, 32, 32]).unwrap()
+    };
+    let batch = canonical(&images(5, 4));
+    let expected = backbone.embed(&batch, BnMode::Running).unwrap();
+    let fed = Tensor::f32([5, 3, 32, 32], batch.into_data());
+    let found: Vec<f64> = embed(&mut plain, &embedding, fed).concat();
+    assert_eq!(found.len(), expected.len());
+    let scale = expected.iter().fold(0.0_f32, |scale, x| scale.max(x.abs()));
+    assert!(scale > 0.0);
+    for (found, expected) in found.iter().zip(&expected) {
+        assert!(
+            (found - f64::from(*expected)).abs() <= 1e-5 * f64::from(scale),
+            "{found} {expected}"
+        );
+    }
+    // And composed, it is a sound file: ONNX Runtime opens it.
+    let episode = open(temp.path(), "episode.onnx", &episode_graph(&embedding).unwrap());
+    let names: Vec<_> = episode.inputs().iter().map(|port| port.name.as_str()).collect();
+    assert_eq!(names, ["support_images", "support_labels", "query_images"]);
+    assert_eq!(episode.inputs()[0].dims, [None, Some(3), Some(32), Some(32)]);
 }
