@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::progress::{Progress, Silent};
+use crate::access::library::RuntimeOptions;
+use crate::access::runtime::Runtime;
 use crate::error::{Error, Result};
 use crate::tensor::Device;
 
@@ -22,6 +24,8 @@ pub struct Context {
     pub device: Device,
     /// The ONNX Runtime library the user named, if any.
     pub ort_library: Option<PathBuf>,
+    /// metazoa's cache, where `setup` puts ONNX Runtime.
+    pub cache_dir: PathBuf,
 }
 
 impl Context {
@@ -33,7 +37,21 @@ impl Context {
             seed,
             device: Device::Cpu,
             ort_library: None,
+            cache_dir: PathBuf::new(),
         }
+    }
+
+    /// Where ONNX Runtime is looked for.
+    pub fn runtime_options(&self) -> RuntimeOptions {
+        RuntimeOptions { library: self.ort_library.clone(), ..RuntimeOptions::new(&self.cache_dir) }
+    }
+
+    /// ONNX Runtime, loaded at the first call.
+    ///
+    /// # Errors
+    /// When no fit library is found; the hint names `metazoa setup`.
+    pub fn runtime(&self) -> Result<&'static Runtime> {
+        Runtime::load(&self.runtime_options())
     }
 
     /// Whether the user asked to stop.

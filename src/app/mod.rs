@@ -6,6 +6,7 @@
 
 pub mod config;
 pub mod context;
+pub mod doctor;
 pub mod embedder;
 pub mod eval;
 pub mod files;
@@ -16,6 +17,7 @@ pub mod progress;
 pub mod report;
 pub mod run_folder;
 pub mod schemas;
+pub mod setup;
 
 pub use config::RunConfig;
 pub use context::Context;

@@ -29,6 +29,10 @@ pub(crate) enum Command {
     Eval(verbs::eval::EvalArgs),
     /// Write a run's self-contained report.html
     Report(verbs::report::ReportArgs),
+    /// Fetch ONNX Runtime through your own pip index into metazoa's cache
+    Setup(verbs::setup::SetupArgs),
+    /// Show what was found on this machine and how to get what is missing
+    Doctor(verbs::doctor::DoctorArgs),
     /// Print the JSON schemas of the files and results
     Schema(verbs::schema::SchemaArgs),
     /// Print shell completions

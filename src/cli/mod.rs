@@ -65,6 +65,8 @@ fn run(command: &args::Command, settings: &Settings, printer: &Printer) -> Resul
         args::Command::Ingest(args) => verbs::ingest::run(args, settings, printer),
         args::Command::Eval(args) => verbs::eval::run(args, settings, printer),
         args::Command::Report(args) => verbs::report::run(args, printer),
+        args::Command::Setup(args) => verbs::setup::run(args, settings, printer),
+        args::Command::Doctor(args) => verbs::doctor::run(args, settings, printer),
         args::Command::Schema(args) => verbs::schema::run(args, printer),
         args::Command::Completions(args) => verbs::completions::run(args, printer),
         args::Command::ProbeModel(args) => verbs::probe_model::run(args, printer),

@@ -4,6 +4,7 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use super::args::GlobalArgs;
+use crate::access::library::RuntimeOptions;
 use crate::tensor::Device;
 
 /// How much is said on stderr.
@@ -48,6 +49,7 @@ pub(crate) struct Settings {
     pub(crate) jobs: usize,
     pub(crate) device: Option<Device>,
     pub(crate) ort_library: Option<PathBuf>,
+    pub(crate) cache_dir: PathBuf,
 }
 
 impl Settings {
@@ -74,6 +76,23 @@ impl Settings {
             jobs: jobs.map_or(cores, usize::from),
             device,
             ort_library: ort_lib.filter(|path| !path.as_os_str().is_empty()),
+            cache_dir: cache_dir(),
         }
     }
+
+    /// Where ONNX Runtime is looked for.
+    pub(crate) fn runtime_options(&self) -> RuntimeOptions {
+        RuntimeOptions { library: self.ort_library.clone(), ..RuntimeOptions::new(&self.cache_dir) }
+    }
+}
+
+/// metazoa's cache: `METAZOA_ORT_DIR`, else `$XDG_CACHE_HOME/metazoa`, else `~/.cache/metazoa`.
+fn cache_dir() -> PathBuf {
+    let folder = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    folder("METAZOA_ORT_DIR").unwrap_or_else(|| {
+        folder("XDG_CACHE_HOME")
+            .or_else(|| folder("HOME").map(|home| home.join(".cache")))
+            .unwrap_or_else(std::env::temp_dir)
+            .join("metazoa")
+    })
 }

@@ -92,6 +92,7 @@ pub(crate) fn context(settings: &Settings, printer: &Printer) -> Result<Context>
         seed: settings.seed.unwrap_or(0),
         device: settings.device.unwrap_or_default(),
         ort_library: settings.ort_library.clone(),
+        cache_dir: settings.cache_dir.clone(),
     })
 }
 

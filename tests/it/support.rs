@@ -20,6 +20,7 @@ pub(crate) fn metazoa(directory: &Path) -> Command {
     for (name, _) in std::env::vars().filter(|(name, _)| setting(name)) {
         command.env_remove(name);
     }
+    command.env("METAZOA_ORT_DIR", cache_dir());
     command
 }
 

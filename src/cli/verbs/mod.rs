@@ -3,6 +3,8 @@
 pub(crate) mod completions;
 pub(crate) mod eval;
 pub(crate) mod ingest;
+pub(crate) mod doctor;
 pub(crate) mod probe_model;
 pub(crate) mod report;
 pub(crate) mod schema;
+pub(crate) mod setup;
