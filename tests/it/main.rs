@@ -14,6 +14,7 @@ mod probe;
 mod report;
 mod runs;
 mod schemas;
+mod setup;
 mod support;
 mod tape;
 mod tidy;
