@@ -89,6 +89,19 @@ fn the_readme_names_only_verbs_and_flags_that_exist() {
 }
 
 #[test]
+fn the_settings_among_the_examples_are_accepted() {
+    let mut read = 0;
+    for entry in std::fs::read_dir(root().join("examples")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "yaml") {
+            metazoa::app::config::RunConfig::read(&path).unwrap_or_else(|error| panic!("{error}"));
+            read += 1;
+        }
+    }
+    assert!(read >= 2, "{read} settings");
+}
+
+#[test]
 fn links_between_documents_lead_somewhere() {
     let documents =
         ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "zoo/README.md"];
