@@ -9,6 +9,7 @@ pub mod context;
 pub mod doctor;
 pub mod embedder;
 pub mod eval;
+pub mod export;
 pub mod files;
 pub mod ingest;
 pub mod ingest_output;

@@ -6,6 +6,7 @@ use schemars::{JsonSchema, Schema, generate::SchemaSettings};
 
 use super::config::RunConfig;
 use super::eval::EvalResult;
+use super::export::ExportResult;
 use super::ingest_output::IngestOutput;
 use super::run_folder::RunRecord;
 use crate::error::{Error, Result};
@@ -20,6 +21,7 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("config", schema_of::<RunConfig>()),
         ("eval", schema_of_written::<EvalResult>()),
         ("event", schema_of::<Event>()),
+        ("export", schema_of_written::<ExportResult>()),
         ("ingest", schema_of_written::<IngestOutput>()),
         ("run", schema_of_written::<RunRecord>()),
         ("sidecar", schema_of::<Sidecar>()),

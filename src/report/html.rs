@@ -96,7 +96,7 @@ pub fn render(data: &ReportData) -> String {
     model_table(&mut page, &data.models);
     page.push_str("<h2>Make it again</h2>\n");
     preformatted(&mut page, &data.commands.join("\n"));
-    let _ = write!(page, "<details><summary>Settings</summary>\n");
+    let _ = writeln!(page, "<details><summary>Settings</summary>");
     preformatted(&mut page, &data.config);
     page.push_str("</details>\n<p class=\"quiet\">");
     let versions: Vec<String> =
@@ -151,7 +151,7 @@ fn accuracy_table(page: &mut String, data: &ReportData) {
     }
     page.push_str("</tbody></table></div>\n");
     for remark in &data.remarks {
-        let _ = write!(page, "<p class=\"quiet\">{}</p>\n", escape(remark));
+        let _ = writeln!(page, "<p class=\"quiet\">{}</p>", escape(remark));
     }
 }
 
@@ -175,13 +175,13 @@ fn figures(page: &mut String, figures: &[Figure]) {
             }
             FigureContent::Svg(svg) => page.push_str(svg),
         }
-        let _ = write!(page, "<figcaption>{}</figcaption></figure>\n", escape(&figure.caption));
+        let _ = writeln!(page, "<figcaption>{}</figcaption></figure>", escape(&figure.caption));
     }
     page.push_str("</div>\n");
 }
 
 fn model_table(page: &mut String, models: &[ModelRow]) {
-    let _ = write!(page, "<h2>Models ({})</h2>\n", models.len());
+    let _ = writeln!(page, "<h2>Models ({})</h2>", models.len());
     page.push_str(
         "<div class=\"scroll\"><table><thead><tr><th>model</th><th>access</th>\
          <th class=\"number\">classes</th><th></th><th>SHA-256</th></tr></thead><tbody>\n",
@@ -189,10 +189,10 @@ fn model_table(page: &mut String, models: &[ModelRow]) {
     for model in models {
         let class = if model.status == "rejected" { " class=\"rejected\"" } else { "" };
         let classes = model.classes.map_or_else(String::new, |n| n.to_string());
-        let _ = write!(
+        let _ = writeln!(
             page,
             "<tr{class}><td>{}</td><td class=\"tight\">{}</td><td class=\"number\">{classes}</td><td>{}</td>\
-             <td><code title=\"{}\">{}</code></td></tr>\n",
+             <td><code title=\"{}\">{}</code></td></tr>",
             escape(&model.id),
             escape(&model.status),
             escape(&model.detail),
@@ -204,7 +204,7 @@ fn model_table(page: &mut String, models: &[ModelRow]) {
 }
 
 fn preformatted(page: &mut String, text: &str) {
-    let _ = write!(page, "<pre>{}</pre>\n", escape(text));
+    let _ = writeln!(page, "<pre>{}</pre>", escape(text));
 }
 
 fn escape(text: &str) -> String {

@@ -2,8 +2,11 @@
 
 use std::path::Path;
 
+use metazoa::access::library::RuntimeOptions;
+use metazoa::app::config::ExportForm;
 use metazoa::app::embedder::OnnxEmbedder;
 use metazoa::app::eval::{Baselines, EvalOptions, evaluate};
+use metazoa::app::export::export_run;
 use metazoa::app::{BatchNorm, Context, Embedder};
 use metazoa::data::EpisodeShape;
 use metazoa::meta::{Backbone, BnMode};
@@ -12,7 +15,7 @@ use metazoa::{Result, onnx};
 
 use crate::pictures::write_classes;
 use crate::runs::finished_run;
-use crate::support::{run_in, temp_dir};
+use crate::support::{run_in, runtime_options, temp_dir};
 
 const CLASSES: [&str; 6] = ["ant", "bee", "cat", "dog", "elk", "fox"];
 
@@ -209,4 +212,28 @@ fn a_model_that_is_no_embedding_is_refused() {
     let ran = run_in(here.path(), &["eval", "nowhere", "--data", "pictures"]);
     assert_eq!(ran.code, 1);
     assert!(ran.stderr.contains("no run folder `nowhere`"), "{}", ran.stderr);
+}
+
+#[test]
+fn exports_are_checked_against_onnx_runtime_and_a_failed_one_leaves_nothing() {
+    let here = temp_dir();
+    let run = finished_run(&here.path().join("r"));
+    for form in [ExportForm::Embedding, ExportForm::Episode] {
+        let out = here.path().join(format!("{}.onnx", form.name()));
+        let result = export_run(&run, form, &out, &runtime_options()).unwrap();
+        assert_eq!(result.bytes, std::fs::metadata(&out).unwrap().len());
+        // Zero would mean that nothing was compared: sums are taken in another order there.
+        assert!(result.max_abs_diff_ort > 0.0 && result.max_abs_diff_ort < 1e-2, "{result:?}");
+    }
+    let model = OnnxEmbedder::open(&here.path().join("embedding.onnx")).unwrap();
+    assert_eq!((model.image_size(), model.dim()), ([16, 16], 4));
+    let error = OnnxEmbedder::open(&here.path().join("episode.onnx")).unwrap_err();
+    assert!(error.message().starts_with("an embedding has one input"), "{error}");
+
+    let before = std::fs::read_dir(here.path()).unwrap().count();
+    let nowhere =
+        RuntimeOptions { library: Some(here.path().join("no-library.so")), ..runtime_options() };
+    let out = here.path().join("never.onnx");
+    assert!(export_run(&run, ExportForm::Embedding, &out, &nowhere).is_err());
+    assert_eq!(std::fs::read_dir(here.path()).unwrap().count(), before);
 }

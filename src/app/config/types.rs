@@ -184,6 +184,16 @@ pub enum ExportForm {
     Episode,
 }
 
+impl ExportForm {
+    /// The name in settings and flags.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Embedding => "embedding",
+            Self::Episode => "episode",
+        }
+    }
+}
+
 impl Default for RunConfig {
     fn default() -> Self {
         Self {

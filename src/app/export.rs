@@ -1,0 +1,144 @@
+//! The meta-model to ONNX, checked against ONNX Runtime before it counts as written.
+//!
+//! The file is made beside its final name, run by ONNX Runtime on random images, compared with the
+//! network in memory, and only then renamed: a file that answers differently never appears.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::config::ExportForm;
+use super::files::temporary_beside;
+use super::run_folder::RunFolder;
+use crate::access::library::RuntimeOptions;
+use crate::access::runtime::Runtime;
+use crate::access::session::Tensor;
+use crate::error::{Error, Result, ResultExt};
+use crate::meta::{Backbone, BnMode, classify, export};
+use crate::onnx;
+use crate::tensor::{Images, RngStream};
+
+/// Largest difference to ONNX Runtime accepted, relative to the largest value: single precision
+/// sums in another order stay far below it, a wrong graph far above.
+const TOLERANCE: f32 = 1e-4;
+/// Classes, support images a class and queries of the check.
+const CHECK: [usize; 3] = [5, 2, 8];
+
+/// What was written.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct ExportResult {
+    /// The file.
+    pub path: PathBuf,
+    /// Its form.
+    pub form: ExportForm,
+    /// Version of the standard operator set.
+    pub opset: i64,
+    /// Its length.
+    pub bytes: u64,
+    /// Largest absolute difference to ONNX Runtime over the check's outputs.
+    pub max_abs_diff_ort: f32,
+}
+
+/// Writes the network of a run's newest checkpoint to `out`.
+///
+/// # Errors
+/// When the run has no checkpoint, ONNX Runtime is missing or gives other values than the network,
+/// or the file cannot be written; `out` is then as it was.
+pub fn export_run(
+    run: &RunFolder,
+    form: ExportForm,
+    out: &Path,
+    runtime: &RuntimeOptions,
+) -> Result<ExportResult> {
+    let config = run.config()?;
+    let network = Backbone::load(&run.latest_checkpoint()?)?;
+    let [height, width] = config.image_size;
+    let embedding = network.to_graph(height, width)?;
+    let graph = match form {
+        ExportForm::Embedding => embedding,
+        ExportForm::Episode => export::episode_graph(&embedding)?,
+    };
+    let metadata = BTreeMap::from([
+        ("metazoa.form".to_owned(), form.name().to_owned()),
+        ("metazoa.image_range".to_owned(), "[0, 1], RGB".to_owned()),
+        ("metazoa.seed".to_owned(), config.seed.to_string()),
+    ]);
+    let temporary = temporary_beside(out);
+    let written = (|| {
+        onnx::write(&temporary, &graph, &onnx::ExportInfo::new(metadata))?;
+        let difference = compare(&network, config.image_size, form, &temporary, runtime)?;
+        let bytes = std::fs::metadata(&temporary).map_err(|e| Error::io(&temporary, &e))?.len();
+        std::fs::rename(&temporary, out).map_err(|error| Error::io(out, &error))?;
+        Ok::<_, Error>(ExportResult {
+            path: out.into(),
+            form,
+            opset: graph.opset,
+            bytes,
+            max_abs_diff_ort: difference,
+        })
+    })();
+    if written.is_err() {
+        // The first failure is the one to tell; the file may not even be there.
+        let _ = std::fs::remove_file(&temporary);
+    }
+    written.context(|| format!("cannot export `{}`", out.display()))
+}
+
+/// Largest absolute difference between the file in ONNX Runtime and the network in memory.
+fn compare(
+    network: &Backbone,
+    [height, width]: [usize; 2],
+    form: ExportForm,
+    file: &Path,
+    runtime: &RuntimeOptions,
+) -> Result<f32> {
+    let [way, shot, queries] = CHECK;
+    let n_support = way * shot;
+    let mut rng = RngStream::new(0, "export-check", "", 0);
+    let shape = [n_support + queries, 3, height, width];
+    let pixels = (0..shape.iter().product()).map(|_| rng.uniform()).collect();
+    let images = Images::new(pixels, shape)?;
+    let vectors = network.embed(&images, BnMode::Running)?;
+    let dim = network.embedding_dim(height, width)?;
+    let mut session = Runtime::load(runtime)?.open(file)?;
+    let batch = |images: Images| Tensor::f32(images.shape(), images.into_data());
+    let (own, theirs) = match form {
+        ExportForm::Embedding => {
+            let theirs = session.run(vec![("images", batch(images))], &["embedding"])?;
+            (vectors, theirs)
+        }
+        ExportForm::Episode => {
+            let labels: Vec<usize> = (0..n_support).map(|image| image % way).collect();
+            let (support, query) = vectors.split_at(n_support * dim);
+            let own = classify(support, &labels, query, dim, way)?.logits;
+            let labels = labels.into_iter().map(|label| label as i64).collect();
+            let inputs = vec![
+                ("support_images", batch(images.range(0, n_support))),
+                ("support_labels", Tensor::i64([n_support], labels)),
+                ("query_images", batch(images.range(n_support, n_support + queries))),
+            ];
+            (own, session.run(inputs, &["logits"])?)
+        }
+    };
+    let theirs = theirs.first().map(|output| output.values.to_f32()).unwrap_or_default();
+    if own.len() != theirs.len() {
+        return Err(Error::internal(format!(
+            "ONNX Runtime gives {} values, the network `{}`",
+            theirs.len(),
+            own.len()
+        )));
+    }
+    let largest = own.iter().fold(0.0f32, |most, value| most.max(value.abs()));
+    let differences = own.iter().zip(theirs.iter()).map(|(a, b)| (a - b).abs());
+    // `max` would pass over NaN, which must fail.
+    let worst = differences.fold(0.0f32, |most, d| if d <= most { most } else { d });
+    if worst <= TOLERANCE * largest {
+        Ok(worst)
+    } else {
+        Err(Error::internal(format!(
+            "ONNX Runtime differs from the network by {worst:e} at values up to `{largest:e}`"
+        )))
+    }
+}
