@@ -27,6 +27,8 @@ pub(crate) enum Command {
     Ingest(verbs::ingest::IngestArgs),
     /// Few-shot accuracy of a run or an exported meta-model on real images
     Eval(verbs::eval::EvalArgs),
+    /// Write a run's meta-model as ONNX, checked against ONNX Runtime
+    Export(verbs::export::ExportArgs),
     /// Write a run's self-contained report.html
     Report(verbs::report::ReportArgs),
     /// Fetch ONNX Runtime through your own pip index into metazoa's cache

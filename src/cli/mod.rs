@@ -64,6 +64,7 @@ fn run(command: &args::Command, settings: &Settings, printer: &Printer) -> Resul
     match command {
         args::Command::Ingest(args) => verbs::ingest::run(args, settings, printer),
         args::Command::Eval(args) => verbs::eval::run(args, settings, printer),
+        args::Command::Export(args) => verbs::export::run(args, settings, printer),
         args::Command::Report(args) => verbs::report::run(args, printer),
         args::Command::Setup(args) => verbs::setup::run(args, settings, printer),
         args::Command::Doctor(args) => verbs::doctor::run(args, settings, printer),

@@ -15,7 +15,10 @@ fn help_lists_only_what_works() {
     Commands:
       ingest       Check every model of a folder and write its catalog.json
       eval         Few-shot accuracy of a run or an exported meta-model on real images
+      export       Write a run's meta-model as ONNX, checked against ONNX Runtime
       report       Write a run's self-contained report.html
+      setup        Fetch ONNX Runtime through your own pip index into metazoa's cache
+      doctor       Show what was found on this machine and how to get what is missing
       schema       Print the JSON schemas of the files and results
       completions  Print shell completions
       help         Print this message or the help of the given subcommand(s)
@@ -67,7 +70,7 @@ fn completions_know_every_verb() {
     let here = temp_dir();
     let ran = run_in(here.path(), &["completions", "bash"]);
     assert_eq!(ran.code, 0);
-    for verb in ["ingest", "eval", "report", "schema", "completions"] {
+    for verb in ["ingest", "eval", "export", "report", "setup", "doctor", "schema", "completions"] {
         assert!(ran.stdout.contains(verb), "{verb}");
     }
 }

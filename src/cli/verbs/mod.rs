@@ -1,9 +1,10 @@
 //! One file a verb: its arguments and the call of its use-case.
 
 pub(crate) mod completions;
-pub(crate) mod eval;
-pub(crate) mod ingest;
 pub(crate) mod doctor;
+pub(crate) mod eval;
+pub(crate) mod export;
+pub(crate) mod ingest;
 pub(crate) mod probe_model;
 pub(crate) mod report;
 pub(crate) mod schema;
