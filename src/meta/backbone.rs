@@ -55,6 +55,21 @@ pub struct RunningStatistics {
     pub variance: Vec<f32>,
 }
 
+impl RunningStatistics {
+    /// Normalisation by these statistics, `factor` and `offset` as one scale and shift per channel.
+    fn scale_and_shift(&self, factor: &Var, offset: &Var) -> Result<(Var, Var)> {
+        let constant = |values: Vec<f32>| -> Result<Var> {
+            let value = tensor(values, factor.dims())?.to_dtype(factor.dtype())?;
+            Ok(factor.tape().constant(value.to_device(factor.device())?))
+        };
+        let inverse_std =
+            self.variance.iter().map(|&v| (1.0 / (f64::from(v) + EPSILON).sqrt()) as f32).collect();
+        let scale = factor.mul(&constant(inverse_std)?)?;
+        let shift = offset.sub(&scale.mul(&constant(self.mean.clone())?)?)?;
+        Ok((scale, shift))
+    }
+}
+
 /// What a pass gives.
 #[derive(Debug)]
 pub struct Embedded {
@@ -177,29 +192,17 @@ impl Backbone {
         for (block, running) in parameters.chunks_exact(4).zip(&self.running) {
             let (factor, offset) = (&block[2], &block[3]);
             let y = x.conv2d(&block[0], Some(&block[1]), ConvOptions::same(3))?;
-            let y = match mode {
+            x = match mode {
                 BnMode::Batch => {
-                    let (y, own) = y.batch_norm(factor, offset, EPSILON, Activation::Relu)?;
+                    let (y, own) = y.batch_norm_relu_pool(factor, offset, EPSILON)?;
                     statistics.push(own);
                     y
                 }
                 BnMode::Running => {
-                    let constant = |values: Vec<f32>| -> Result<Var> {
-                        let value = tensor(values, &[self.width])?;
-                        let value = value.to_dtype(y.dtype())?.to_device(y.device())?;
-                        Ok(y.tape().constant(value))
-                    };
-                    let inverse_std = running
-                        .variance
-                        .iter()
-                        .map(|&v| (1.0 / (f64::from(v) + EPSILON).sqrt()) as f32)
-                        .collect();
-                    let scale = factor.mul(&constant(inverse_std)?)?;
-                    let shift = offset.sub(&scale.mul(&constant(running.mean.clone())?)?)?;
-                    y.channel_affine(&scale, &shift, Activation::Relu)?
+                    let (scale, shift) = running.scale_and_shift(factor, offset)?;
+                    y.channel_affine(&scale, &shift, Activation::Relu)?.max_pool2d(2)?
                 }
             };
-            x = y.max_pool2d(2)?;
         }
         Ok(Embedded { embedding: x.flatten_rows()?, statistics })
     }

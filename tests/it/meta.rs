@@ -4,10 +4,13 @@ use std::ops::ControlFlow;
 
 use candle_core::{Device, Tensor};
 use metazoa::Result;
+use metazoa::access::session::Tensor as Values;
+use metazoa::graph::plan::{CompileOptions, Plan};
 use metazoa::meta::{
     Augmentation, Backbone, BnMode, ClassSource, ColourMap, EpisodeSampler, Limits, Schedule,
     ShiftEdge, StopReason, TrainConfig, Trainer, classify,
 };
+use metazoa::onnx::{ExportInfo, write};
 use metazoa::tensor::tape::Tape;
 use metazoa::tensor::{Images, RngStream, TensorStore};
 
@@ -330,11 +333,11 @@ fn a_time_limit_and_a_broken_image_end_the_run() {
 
 /// Accuracy of 3-way 1-shot episodes of classes that training has not seen.
 fn accuracy_on_new_classes(net: &Backbone) -> f64 {
-    let source = Bars { classes: 30, images: 8, size: 16, seed: 77 };
+    let source = Bars { classes: 150, images: 8, size: 32, seed: 77 };
     let mut right = 0;
     for index in 0..60 {
         let mut rng = RngStream::new(9, "test", "", index);
-        let classes: Vec<usize> = rng.sample(18, 3).into_iter().map(|c| c + 12).collect();
+        let classes: Vec<usize> = rng.sample(60, 3).into_iter().map(|c| c + 90).collect();
         let (mut support, mut query) = (Vec::new(), Vec::new());
         for &class in &classes {
             let own = net.embed(&images(&source, class, 0..6), BnMode::Running).unwrap();
@@ -351,13 +354,15 @@ fn accuracy_on_new_classes(net: &Backbone) -> f64 {
 
 #[test]
 fn training_teaches_to_tell_new_classes_apart() {
-    let config = TrainConfig { steps: 60, cross_model_share: 1.0, ..config() };
+    let augmentation = Augmentation { colour: None, ..config().augmentation };
+    let config = TrainConfig { steps: 60, cross_model_share: 1.0, augmentation, ..config() };
     let fresh = Backbone::conv4(8, 1).unwrap();
     let before = accuracy_on_new_classes(&fresh);
     let mut trainer = Trainer::new(config, fresh);
     let mut losses = Vec::new();
+    let source = Bars { classes: 90, size: 32, ..bars() };
     let reason = trainer
-        .run(&bars(), Limits::default(), &mut |_, iteration| {
+        .run(&source, Limits::default(), &mut |_, iteration| {
             losses.push(iteration.loss);
             ControlFlow::Continue(())
         })
@@ -367,4 +372,44 @@ fn training_teaches_to_tell_new_classes_apart() {
     assert!(mean(&losses[50..]) < 0.7 * mean(&losses[..5]), "{losses:?}");
     let after = accuracy_on_new_classes(trainer.backbone());
     assert!(after > before + 0.1, "before {before}, after {after}");
+}
+
+/// A network whose running statistics are not those of the start.
+fn trained() -> Backbone {
+    let mut trainer = Trainer::new(config(), Backbone::conv4(8, 1).unwrap());
+    trainer.run(&bars(), Limits::default(), &mut keep_going).unwrap();
+    trainer.into_backbone()
+}
+
+fn furthest(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let scale = b.iter().fold(1.0f32, |m, v| m.max(v.abs()));
+    a.iter().zip(b).fold(0.0f32, |m, (a, b)| m.max((a - b).abs())) / scale
+}
+
+#[test]
+fn the_graph_of_a_backbone_computes_its_embedding() {
+    let (net, source) = (trained(), Bars { size: 36, ..bars() });
+    let graph = net.to_graph(36, 36).unwrap();
+    let batch = images(&source, 2, 0..5);
+    let expected = net.embed(&batch, BnMode::Running).unwrap();
+
+    let options = CompileOptions {
+        input: "images".into(),
+        input_shape: vec![5, 3, 36, 36],
+        output: "embedding".into(),
+    };
+    let plan = Plan::<f32>::compile(&graph, &options).unwrap();
+    let gap = furthest(plan.forward(&mut plan.workspace(), batch.data()), &expected);
+    assert!(gap < 1e-5, "frozen plan: {gap:e}");
+
+    let folder = crate::support::temp_dir();
+    let path = folder.path().join("embedding.onnx");
+    write(&path, &graph, &ExportInfo::new(std::collections::BTreeMap::new())).unwrap();
+    let mut session = crate::support::runtime().open(&path).unwrap();
+    let input = Values::f32([5, 3, 36, 36], batch.data().to_vec());
+    let output = session.run(vec![("images", input)], &["embedding"]).unwrap().remove(0);
+    assert_eq!(output.shape, [5, 32]);
+    let gap = furthest(&output.values.to_f32(), &expected);
+    assert!(gap < 1e-5, "ONNX Runtime: {gap:e}");
 }

@@ -287,6 +287,24 @@ fn batch_normalisation_with_and_without_relu() {
 }
 
 #[test]
+fn batch_normalisation_relu_and_pooling_in_one_equal_the_three() {
+    for dims in [[3, 2, 4, 6], [2, 3, 5, 7], [4, 1, 2, 2]] {
+        let c = dims[1];
+        // A negative factor too: the maximum is taken after the affine map.
+        let factor = tensor((0..c).map(|i| if i % 2 == 0 { 1.2 } else { -0.7 }).collect(), &[c]);
+        let inputs = [noise(&dims, 21), factor, noise(&[c], 23).affine(0.3, 0.1).unwrap()];
+        let fused: Function<'_> =
+            &|v| Ok(v[0].batch_norm_relu_pool(&v[1], &v[2], 1e-2)?.0.square()?);
+        let three: Function<'_> = &|v| {
+            let (y, _) = v[0].batch_norm(&v[1], &v[2], 1e-2, Activation::Relu)?;
+            y.max_pool2d(2)?.square()
+        };
+        check("batch_norm_relu_pool", &inputs, fused);
+        assert!((value(fused, &inputs) - value(three, &inputs)).abs() < 1e-12);
+    }
+}
+
+#[test]
 fn batch_normalisation_gives_unit_statistics_and_reports_them() {
     let tape = Tape::new();
     let x = noise(&[6, 3, 4, 5], 24).affine(3.0, 100.0).unwrap();
@@ -446,6 +464,18 @@ fn constants_are_not_recorded_and_first_order_leaves_nothing_behind() {
     let g = grad(&loss, &[&x], Order::First).unwrap();
     assert_eq!(tape.len(), before);
     assert!(grad(&g[0].sum_all().unwrap(), &[&x], Order::First).is_ok(), "zero, not an error");
+}
+
+#[test]
+fn nan_is_not_hidden() {
+    let tape = Tape::new();
+    let x = tape.leaf(tensor(vec![f64::NAN, -1.0, 2.0, 0.5], &[1, 1, 2, 2]));
+    let one = tape.constant(tensor(vec![1.0], &[1]));
+    let is_nan = |v: &Var| numbers(v.value()).iter().any(|v| v.is_nan());
+    assert!(is_nan(&x.relu().unwrap()) && is_nan(&x.leaky_relu(0.1).unwrap()));
+    assert!(is_nan(&x.max_pool2d(2).unwrap()) && is_nan(&x.global_max_pool().unwrap()));
+    assert!(is_nan(&x.channel_affine(&one, &one, Activation::Relu).unwrap()));
+    assert!(is_nan(&x.batch_norm_relu_pool(&one, &one, 1e-5).unwrap().0));
 }
 
 #[test]

@@ -13,7 +13,7 @@ use super::map::{sum, sum_zip};
 pub enum Activation {
     /// Nothing.
     None,
-    /// max(x, 0), with derivative 0 at 0.
+    /// max(x, 0), with derivative 0 at 0; NaN stays NaN.
     Relu,
 }
 
@@ -90,7 +90,7 @@ pub fn channel_affine<T: Element>(
                 Activation::Relu => {
                     for (y, &x) in y.iter_mut().zip(x) {
                         let value = x * scale + shift;
-                        *y = if value > T::ZERO { value } else { T::ZERO };
+                        *y = if value <= T::ZERO { T::ZERO } else { value };
                     }
                 }
             }

@@ -10,6 +10,7 @@ mod depthwise;
 pub mod element;
 pub mod gemm;
 pub mod map;
+pub mod norm_pool;
 pub mod scratch;
 pub mod special;
 

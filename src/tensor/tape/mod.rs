@@ -14,6 +14,7 @@ mod grad;
 mod loss;
 mod matmul;
 mod norm;
+mod norm_pool;
 mod pool;
 mod reduce;
 mod shape;

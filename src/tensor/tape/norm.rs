@@ -27,11 +27,23 @@ pub struct BatchStatistics {
 }
 
 /// What the forward pass leaves on the CPU, one value a channel each.
-struct Saved<T> {
-    mean: Vec<T>,
-    inverse_std: Vec<T>,
-    scale: Vec<T>,
-    shift: Vec<T>,
+pub(super) struct Saved<T> {
+    pub(super) mean: Vec<T>,
+    pub(super) inverse_std: Vec<T>,
+    pub(super) scale: Vec<T>,
+    pub(super) shift: Vec<T>,
+}
+
+impl<T> Saved<T> {
+    pub(super) fn normalisation(&self, activation: Activation) -> Normalisation<'_, T> {
+        Normalisation {
+            mean: &self.mean,
+            inverse_std: &self.inverse_std,
+            scale: &self.scale,
+            shift: &self.shift,
+            activation,
+        }
+    }
 }
 
 /// The saved values in the tensor's type; `Composed` off the CPU, where every rule is composed.
@@ -61,21 +73,33 @@ fn forward<T: Float>(
 ) -> Result<(Tensor, Saved<T>, BatchStatistics)> {
     let p = planes(dims);
     let x = Slice::<T>::new(x)?;
+    let (saved, statistics) = statistics_of::<T>(&p, &x, factor, offset, epsilon)?;
+    let mut y = vec![T::ZERO; x.len()];
+    channel_affine(&p, &x, &saved.scale, &saved.shift, activation, &mut y);
+    Ok((from_vec(y, &dims)?, saved, statistics))
+}
+
+/// Batch statistics and what follows from them, per channel.
+pub(super) fn statistics_of<T: Float>(
+    p: &Planes,
+    x: &[T],
+    factor: &Tensor,
+    offset: &Tensor,
+    epsilon: f64,
+) -> Result<(Saved<T>, BatchStatistics)> {
     let (factor, offset) = (Slice::<T>::new(factor)?, Slice::<T>::new(offset)?);
     let (mut mean, mut variance) = (vec![T::ZERO; p.channels], vec![T::ZERO; p.channels]);
-    batch_statistics(&p, &x, &mut mean, &mut variance);
+    batch_statistics(p, x, &mut mean, &mut variance);
     let inverse_std: Vec<T> =
         variance.iter().map(|&v| T::ONE / (v + T::of(epsilon)).sqrt()).collect();
     let scale: Vec<T> = inverse_std.iter().zip(factor.iter()).map(|(&i, &f)| i * f).collect();
     let shift: Vec<T> = (0..p.channels).map(|c| offset[c] - mean[c] * scale[c]).collect();
-    let mut y = vec![T::ZERO; x.len()];
-    channel_affine(&p, &x, &scale, &shift, activation, &mut y);
     let statistics = BatchStatistics {
         mean: mean.iter().map(|v| v.f64()).collect(),
         variance: variance.iter().map(|v| v.f64()).collect(),
         count: p.per_channel(),
     };
-    Ok((from_vec(y, &dims)?, Saved { mean, inverse_std, scale, shift }, statistics))
+    Ok((Saved { mean, inverse_std, scale, shift }, statistics))
 }
 
 impl BatchNorm {
@@ -84,13 +108,7 @@ impl BatchNorm {
         let p = planes(dims);
         let (x, g) = (step.inputs[0].value.contiguous()?, step.cotangent.value.contiguous()?);
         let (x, g) = (Slice::<T>::new(&x)?, Slice::<T>::new(&g)?);
-        let norm = Normalisation {
-            mean: &saved.mean,
-            inverse_std: &saved.inverse_std,
-            scale: &saved.scale,
-            shift: &saved.shift,
-            activation: self.activation,
-        };
+        let norm = saved.normalisation(self.activation);
         let mut dx = vec![T::ZERO; x.len()];
         let (mut d_factor, mut d_offset) = (vec![T::ZERO; p.channels], vec![T::ZERO; p.channels]);
         batch_norm_backward(&p, &norm, &x, &g, &mut dx, &mut d_factor, &mut d_offset);
@@ -103,31 +121,38 @@ impl BatchNorm {
             constant(d_offset, &[p.channels])?,
         ])
     }
+}
 
-    /// The same from recorded operations.
-    fn composed(&self, step: &Step<'_>) -> Result<Vec<Option<Var>>> {
-        let (x, factor) = (&step.inputs[0], &step.inputs[1]);
-        let [n, channels, h, w] = x.dims4()?;
-        let count = (n * h * w) as f64;
-        let g = match self.activation {
-            Activation::None => step.cotangent.clone(),
-            Activation::Relu => {
-                let zero = step.output.value.zeros_like()?;
-                let pass = step.output.value.gt(&zero)?.to_dtype(x.dtype())?;
-                step.cotangent.mul(&x.constant_like(pass))?
-            }
-        };
-        let (normal, inverse_std) = normalised(x, self.epsilon)?;
-        let d_offset = g.sum(&[0, 2, 3], KeepDims::Keep)?;
-        let d_factor = g.mul(&normal)?.sum(&[0, 2, 3], KeepDims::Keep)?;
-        let dx = if step.needs[0] {
-            let along = normal.mul(&d_factor)?.add(&d_offset)?.scale(1.0 / count)?;
-            let scale = factor.reshape(&[1, channels, 1, 1])?.mul(&inverse_std)?;
-            Some(g.sub(&along)?.mul(&scale)?)
-        } else {
-            None
-        };
-        Ok(vec![dx, Some(d_factor.reshape(&[channels])?), Some(d_offset.reshape(&[channels])?)])
+/// The cotangents of input, factor and offset from recorded operations; `g` is the cotangent of the
+/// normalised value before any activation.
+pub(super) fn composed(step: &Step<'_>, g: &Var, epsilon: f64) -> Result<Vec<Option<Var>>> {
+    let (x, factor) = (&step.inputs[0], &step.inputs[1]);
+    let [n, channels, h, w] = x.dims4()?;
+    let count = (n * h * w) as f64;
+    let (normal, inverse_std) = normalised(x, epsilon)?;
+    let d_offset = g.sum(&[0, 2, 3], KeepDims::Keep)?;
+    let d_factor = g.mul(&normal)?.sum(&[0, 2, 3], KeepDims::Keep)?;
+    let dx = if step.needs[0] {
+        let along = normal.mul(&d_factor)?.add(&d_offset)?.scale(1.0 / count)?;
+        let scale = factor.reshape(&[1, channels, 1, 1])?.mul(&inverse_std)?;
+        Some(g.sub(&along)?.mul(&scale)?)
+    } else {
+        None
+    };
+    Ok(vec![dx, Some(d_factor.reshape(&[channels])?), Some(d_offset.reshape(&[channels])?)])
+}
+
+/// The cotangent where the output is positive, 0 elsewhere.
+pub(super) fn where_positive(output: &Var, cotangent: &Var) -> Result<Var> {
+    let positive = output.value.gt(&output.value.zeros_like()?)?.to_dtype(output.dtype())?;
+    cotangent.mul(&cotangent.constant_like(positive))
+}
+
+/// [`where_positive`] for [`Activation::Relu`], the cotangent itself for [`Activation::None`].
+fn before(activation: Activation, step: &Step<'_>) -> Result<Var> {
+    match activation {
+        Activation::None => Ok(step.cotangent.clone()),
+        Activation::Relu => where_positive(step.output, step.cotangent),
     }
 }
 
@@ -146,7 +171,7 @@ impl Rule for BatchNorm {
         match (step.order, &self.kept) {
             (Order::First, Kept::F32(saved)) => self.fused(saved, step),
             (Order::First, Kept::F64(saved)) => self.fused(saved, step),
-            _ => self.composed(step),
+            _ => composed(step, &before(self.activation, step)?, self.epsilon),
         }
     }
 }
@@ -158,14 +183,7 @@ impl Rule for ChannelAffine {
     fn vjp(&self, step: &Step<'_>) -> Result<Vec<Option<Var>>> {
         let (x, scale) = (&step.inputs[0], &step.inputs[1]);
         let channels = scale.elements();
-        let g = match self.0 {
-            Activation::None => step.cotangent.clone(),
-            Activation::Relu => {
-                let zero = step.output.value.zeros_like()?;
-                let pass = step.output.value.gt(&zero)?.to_dtype(x.dtype())?;
-                step.cotangent.mul(&x.constant_like(pass))?
-            }
-        };
+        let g = before(self.0, step)?;
         let to_x = || g.mul(&scale.reshape(&[1, channels, 1, 1])?);
         let to_scale = || g.mul(x)?.sum(&[0, 2, 3], KeepDims::Drop);
         let to_shift = || g.sum(&[0, 2, 3], KeepDims::Drop);
@@ -178,7 +196,7 @@ impl Rule for ChannelAffine {
 }
 
 impl Var {
-    fn check_channels(&self, vectors: &[&Self]) -> Result<[usize; 4]> {
+    pub(super) fn check_channels(&self, vectors: &[&Self]) -> Result<[usize; 4]> {
         let dims = self.dims4()?;
         if vectors.iter().any(|v| v.dims() != [dims[1]]) {
             return Err(Error::internal(format!(

@@ -26,9 +26,9 @@ pub(super) enum Places {
 
 /// The large side `[N, C, H, W]` and the block side.
 #[derive(Debug, Clone, Copy)]
-struct Shape {
-    large: [usize; 4],
-    side: usize,
+pub(super) struct Shape {
+    pub(super) large: [usize; 4],
+    pub(super) side: usize,
 }
 
 impl Shape {
@@ -37,7 +37,7 @@ impl Shape {
         Blocks { planes: n * c, large: [h, w], side: self.side }
     }
 
-    fn small(self) -> [usize; 4] {
+    pub(super) fn small(self) -> [usize; 4] {
         let [n, c, h, w] = self.large;
         [n, c, h / self.side, w / self.side]
     }
@@ -112,7 +112,7 @@ fn gather_on<T: Float>(x: &Tensor, shape: Shape, places: &[u8]) -> Result<Tensor
     build::<T>(&shape.small(), |y| block_gather(&shape.blocks(), &x, places, y))
 }
 
-fn scatter(g: &Var, shape: Shape, places: &Places) -> Result<Var> {
+pub(super) fn scatter(g: &Var, shape: Shape, places: &Places) -> Result<Var> {
     let value = match places {
         Places::Bytes(bytes) => {
             let g = g.value.contiguous()?;

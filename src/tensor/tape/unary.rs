@@ -38,7 +38,7 @@ impl Unary {
             Self::Log => map::map(&s, y, Element::ln),
             Self::Sqrt => map::map(&s, y, Element::sqrt),
             Self::Square => map::map(&s, y, |x| x * x),
-            Self::Relu => map::map(&s, y, |x| if x > T::ZERO { x } else { T::ZERO }),
+            Self::Relu => map::map(&s, y, |x| if x <= T::ZERO { T::ZERO } else { x }),
             Self::LeakyRelu(slope) => {
                 let slope = T::of(slope);
                 map::map(&s, y, |x| if x > T::ZERO { x } else { slope * x });
