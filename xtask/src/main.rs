@@ -70,7 +70,11 @@ fn set_up() -> Result<(), Failure> {
     tools::require_pip()?;
     eprintln!("xtask: building (the first time about ten minutes on two cores)");
     finish(tools::cargo()?.args(["build", "--package", "metazoa", "--bin", "metazoa"]))?;
-    finish(tools::metazoa()?.arg("setup"))
+    if tools::has_own_library() {
+        return Ok(());
+    }
+    // stdout belongs to the task that follows.
+    finish(tools::metazoa()?.arg("setup").stdout(Stdio::null()))
 }
 
 /// The main job. On Unix this process becomes `metazoa`, so that Ctrl-C reaches it alone and its

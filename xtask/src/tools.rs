@@ -69,21 +69,21 @@ pub(crate) fn require_linker() -> Result<(), String> {
     Err("there is no C linker `cc`\nhint: `apt-get install gcc libc6-dev`".to_owned())
 }
 
-/// pip, unless ONNX Runtime is named by hand; asked before the long build, not after it.
+/// Whether the user names an ONNX Runtime; then none is fetched.
+pub(crate) fn has_own_library() -> bool {
+    std::env::var_os("ORT_DYLIB_PATH").is_some_and(|path| Path::new(&path).is_file())
+}
+
+/// pip, where it will be needed; asked before the long build, not after it.
 pub(crate) fn require_pip() -> Result<(), String> {
-    if std::env::var_os("ORT_DYLIB_PATH").is_some_and(|path| Path::new(&path).is_file()) {
-        return Ok(());
-    }
-    let has_pip = ["python3", "python"].iter().any(|python| {
-        Command::new(python)
-            .args(["-m", "pip", "--version"])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status()
-            .is_ok_and(|status| status.success())
-    });
-    if has_pip {
+    let works = Command::new("python3")
+        .args(["-m", "pip", "--version"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success());
+    if works || has_own_library() {
         return Ok(());
     }
     Err("ONNX Runtime is fetched with pip, and `python3 -m pip` does not work\n\
