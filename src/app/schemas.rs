@@ -5,10 +5,12 @@
 use schemars::{JsonSchema, Schema, generate::SchemaSettings};
 
 use super::config::RunConfig;
+use super::doctor::Diagnosis;
 use super::eval::EvalResult;
 use super::export::ExportResult;
 use super::ingest_output::IngestOutput;
 use super::run_folder::RunRecord;
+use super::setup::SetupResult;
 use crate::error::{Error, Result};
 use crate::report::Event;
 use crate::zoo::Sidecar;
@@ -19,11 +21,13 @@ pub fn all() -> Vec<(&'static str, Schema)> {
     vec![
         ("catalog", schema_of_written::<Catalog>()),
         ("config", schema_of::<RunConfig>()),
+        ("doctor", schema_of_written::<Diagnosis>()),
         ("eval", schema_of_written::<EvalResult>()),
         ("event", schema_of::<Event>()),
         ("export", schema_of_written::<ExportResult>()),
         ("ingest", schema_of_written::<IngestOutput>()),
         ("run", schema_of_written::<RunRecord>()),
+        ("setup", schema_of_written::<SetupResult>()),
         ("sidecar", schema_of::<Sidecar>()),
     ]
 }

@@ -376,6 +376,37 @@ fn the_estimate_points_along_the_gradient_as_theory_says() {
     }
 }
 
+/// An int8 model answers in steps: the estimator lengthens its own until they show, and following it helps.
+#[test]
+fn a_quantised_model_is_asked_with_longer_steps() {
+    let Some(folder) = support::shared("data/zoo_edge") else { return };
+    let Some(glyphs) = Glyphs::load(2) else { return };
+    let (spec, _) = spec_from_sidecar(&folder, "edge_int8_qdq");
+    let (images, truth) = glyphs.batch(&spec.labels, 2);
+    let loss = CrossEntropy(truth.iter().map(|class| (class + 2) % 5).collect());
+    let zero_order = ZeroOrder { directions: 400, ..OPTIONS.zero_order };
+    let drop = |unsupported_ops: Vec<String>| {
+        let spec = ModelSpec { unsupported_ops, ..spec.clone() };
+        let options = BlackOptions { zero_order, ..OPTIONS };
+        let teacher = BlackTeacher::open(spec, runtime(), options).unwrap();
+        let seen = teacher.image_gradient(&images, &objective(&loss), &mut stream(6)).unwrap();
+        let mut moved = images.clone();
+        for index in 0..images.len() {
+            let gradient = seen.gradient.image(index);
+            let norm = gradient.iter().map(|v| v * v).sum::<f32>().sqrt();
+            let pixels = &mut moved.data_mut()[index * 3072..(index + 1) * 3072];
+            pixels.iter_mut().zip(gradient).for_each(|(x, g)| *x -= 2.0 * g / norm);
+        }
+        let logits = teacher.logits(&moved).unwrap();
+        let values = logits.chunks_exact(5).enumerate().map(|(i, row)| loss.value(i, row));
+        seen.logits_loss - values.sum::<f64>() / images.len() as f64
+    };
+    let (short, long) =
+        (drop(vec![]), drop(vec!["DequantizeLinear".into(), "QuantizeLinear".into()]));
+    eprintln!("loss falls by {short:.2} with short steps, by {long:.2} with long ones");
+    assert!(long > 1.5 * short && long > 1.8, "{short} {long}");
+}
+
 /// The objective is a mean, so twice the same image has half the gradient each.
 #[test]
 fn the_gradient_is_that_of_the_mean_over_the_batch() {

@@ -102,9 +102,9 @@ impl Input {
             None => guess_image_shape(&port.dims)?,
         };
         let range = match (known, port.element.as_str()) {
-            (Some(known), _) => known.range,
-            (None, "u8") => [0.0, 255.0],
-            (None, _) => [0.0, 1.0],
+            (Some(known), _) if known.range[0] < known.range[1] => known.range,
+            (_, "u8") => [0.0, 255.0],
+            _ => [0.0, 1.0],
         };
         let declared_batch = port.dims.first().copied().flatten();
         let batch = declared_batch.unwrap_or(1);
