@@ -246,9 +246,13 @@ impl RunFolder {
     }
 }
 
-/// Versions of the program and of the libraries built into it.
+/// The program's version and the kind of machine it was built for: same versions, same bytes.
 pub fn versions() -> BTreeMap<String, String> {
-    BTreeMap::from([("metazoa".into(), env!("CARGO_PKG_VERSION").into())])
+    let target = format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS);
+    BTreeMap::from([
+        ("metazoa".into(), env!("CARGO_PKG_VERSION").into()),
+        ("target".into(), target),
+    ])
 }
 
 fn is_run(path: &Path) -> bool {

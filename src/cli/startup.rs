@@ -14,6 +14,7 @@ use super::progress::Bars;
 use super::settings::{Decoration, Settings, Talk};
 use crate::app::Context;
 use crate::error::{Error, Result};
+use crate::tensor::Device;
 
 /// First thing in `main`, while there is one thread.
 pub(crate) fn prepare_process() {
@@ -84,8 +85,14 @@ fn watch_signals() -> Result<Arc<AtomicBool>> {
 /// others leave signals as they are.
 ///
 /// # Errors
-/// When the signal handler cannot be installed.
+/// When a GPU is asked for, or the signal handler cannot be installed.
 pub(crate) fn context(settings: &Settings, printer: &Printer) -> Result<Context> {
+    if let Some(device @ Device::Cuda(_)) = settings.device {
+        return Err(Error::unsupported(format!(
+            "this version computes on the processor only, not on `{device}`"
+        ))
+        .hint("leave out `--device`"));
+    }
     Ok(Context {
         progress: Arc::new(Bars::new(printer, settings.talk)),
         interrupt: watch_signals()?,

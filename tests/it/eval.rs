@@ -237,3 +237,53 @@ fn exports_are_checked_against_onnx_runtime_and_a_failed_one_leaves_nothing() {
     assert!(export_run(&run, ExportForm::Embedding, &out, &nowhere).is_err());
     assert_eq!(std::fs::read_dir(here.path()).unwrap().count(), before);
 }
+
+#[test]
+fn a_gpu_is_refused_rather_than_passed_over() {
+    let here = temp_dir();
+    let ran = run_in(here.path(), &["eval", "r", "--data", "pictures", "--device", "cuda"]);
+    assert_eq!((ran.code, ran.stdout.as_str()), (1, ""));
+    insta::assert_snapshot!(ran.stderr, @r"
+    error: this version computes on the processor only, not on `cuda:0`
+    hint: leave out `--device`
+    ");
+}
+
+/// The signals a process handles, from Linux.
+#[cfg(target_os = "linux")]
+fn caught_signals(process: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+    line.map_or(0, |mask| u64::from_str_radix(mask.trim(), 16).unwrap())
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn sigterm_ends_a_long_evaluation_with_130_and_nothing_half_written() {
+    let here = temp_dir();
+    let run = finished_run(&here.path().join("r"));
+    write_classes(&here.path().join("pictures"), &CLASSES, 20, [16, 16]);
+    let child = std::process::Command::new(env!("CARGO_BIN_EXE_metazoa"))
+        .args(["eval", "r", "--data", "pictures", "--baselines", "--episodes", "100000000"])
+        .current_dir(here.path())
+        .env("NO_COLOR", "1")
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let terminate = 1 << (libc::SIGTERM - 1);
+    while caught_signals(child.id()) & terminate == 0 {
+        std::thread::yield_now();
+    }
+    let kill = std::process::Command::new("kill").arg(child.id().to_string()).status().unwrap();
+    assert!(kill.success());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    assert!(output.stdout.is_empty());
+    let said = String::from_utf8(output.stderr).unwrap();
+    insta::assert_snapshot!(said, @r"
+    interrupted: finishing the step (again to stop at once)
+    error: interrupted
+    ");
+    assert_eq!(std::fs::read_dir(run.path().join("eval")).unwrap().count(), 0);
+}
