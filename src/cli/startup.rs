@@ -12,7 +12,9 @@ use tracing_subscriber::fmt::MakeWriter;
 use super::printer::Printer;
 use super::progress::Bars;
 use super::settings::{Decoration, Settings, Talk};
+use crate::access::library;
 use crate::app::Context;
+use crate::app::ingest::ProbeOptions;
 use crate::error::{Error, Result};
 use crate::tensor::Device;
 
@@ -101,6 +103,12 @@ pub(crate) fn context(settings: &Settings, printer: &Printer) -> Result<Context>
         ort_library: settings.ort_library.clone(),
         cache_dir: settings.cache_dir.clone(),
     })
+}
+
+/// How `ingest` tries models out in a child of this program; `None` without ONNX Runtime.
+pub(crate) fn probe_options(context: &Context) -> Option<ProbeOptions> {
+    let library = library::find(&context.runtime_options()).ok()?;
+    Some(ProbeOptions { executable: std::env::current_exe().ok()?, library: library.path })
 }
 
 /// Sends log lines to stderr with -v; `RUST_LOG` refines.

@@ -9,6 +9,8 @@ use metazoa::app::ingest::{
     CatalogWriting, Ingest, IngestOptions, ProbeOptions, Strictness, ingest,
 };
 use metazoa::app::ingest_output;
+use metazoa::graph::{Attribute, ConstantTensor, DataType, Dimension, Graph, Node, Port};
+use metazoa::onnx::{ExportInfo, write};
 use metazoa::zoo::catalog::{Catalog, CatalogModel, Provenance};
 use metazoa::zoo::{Access, Color, ModelSpec, OutputKind, Sidecar, candidates};
 
@@ -297,7 +299,7 @@ fn a_model_is_known_by_the_hash_of_its_file_and_of_its_external_data() {
     assert!(found.rejected[0].reason.contains("edge_external_data.onnx.data"), "{found:?}");
 }
 
-/// Ingests `METAZOA_TEST_ZOO` and prints the peak memory; does nothing in a normal run.
+/// Ingests `TEST_CHILD_ZOO` and prints the table and the peak memory; does nothing in a normal run.
 #[test]
 fn child_that_ingests_and_prints_its_peak_memory() {
     let Ok(zoo) = std::env::var("TEST_CHILD_ZOO") else { return };
@@ -305,6 +307,7 @@ fn child_that_ingests_and_prints_its_peak_memory() {
     let found = pool.install(|| look(Path::new(&zoo)));
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let peak = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+    eprintln!("{}", ingest_output::table(&found));
     println!("INGESTED {} {}", found.models.len(), peak.split_whitespace().nth(1).unwrap());
 }
 
@@ -499,4 +502,93 @@ fn break_operator(bytes: &[u8]) -> Vec<u8> {
     let mut broken = bytes.to_vec();
     broken[at + 2..at + 9].copy_from_slice(b"NoxPool");
     broken
+}
+
+/// Image -> conv 3x3 (4 channels) -> `pool` -> flatten -> dense (`features` to 6) -> `tail`.
+fn classifier(image: &[Dimension], pool: Node, features: usize, tail: &[Node]) -> Graph {
+    let ones = |shape: &[usize]| {
+        std::sync::Arc::new(ConstantTensor::f32(shape, vec![0.5; shape.iter().product()]))
+    };
+    let mut nodes = vec![
+        Node::new("Conv", "conv", &["x", "w"], &["c"])
+            .with("pads", Attribute::Ints(vec![1; 4]))
+            .with("kernel_shape", Attribute::Ints(vec![3, 3])),
+        pool,
+        Node::new("Flatten", "flatten", &["p"], &["f"]),
+        Node::new("Gemm", "head", &["f", "h"], &["scores"]),
+    ];
+    nodes.extend_from_slice(tail);
+    let free = Dimension::Symbol("n".into());
+    let (name, dtype, shape) = match tail.last() {
+        Some(node) => (node.outputs[0].clone(), DataType::Int64, vec![free]),
+        None => ("scores".into(), DataType::Float32, vec![free, Dimension::Fixed(6)]),
+    };
+    Graph {
+        name: "test".into(),
+        opset: 17,
+        inputs: vec![Port {
+            name: "x".into(),
+            dtype: DataType::Float32,
+            shape: Some(image.to_vec()),
+        }],
+        outputs: vec![Port { name, dtype, shape: Some(shape) }],
+        nodes,
+        constants: [("w".to_owned(), ones(&[4, 3, 3, 3])), ("h".to_owned(), ones(&[features, 6]))]
+            .into(),
+    }
+}
+
+fn max_pool() -> Node {
+    Node::new("MaxPool", "pool", &["c"], &["p"])
+        .with("kernel_shape", Attribute::Ints(vec![4, 4]))
+        .with("strides", Attribute::Ints(vec![4, 4]))
+}
+
+fn ingest_graph(graph: &Graph) -> CatalogModel {
+    let zoo = temp_dir();
+    write(&zoo.path().join("m.onnx"), graph, &ExportInfo::new(BTreeMap::new())).unwrap();
+    let found = look(zoo.path());
+    assert_eq!(found.rejected, []);
+    found.models.into_iter().next().unwrap()
+}
+
+#[test]
+fn an_open_image_size_is_fitted_to_the_network() {
+    let symbol = |name: &str| Dimension::Symbol(name.into());
+    let open = [symbol("n"), Dimension::Fixed(3), symbol("h"), symbol("w")];
+    // 64 -> 16x16 after the pool, 4 channels: 1024 features. No other usual size gives that.
+    let model = ingest_graph(&classifier(&open, max_pool(), 1024, &[]));
+    assert_eq!(model.spec.preprocess.input_size, [3, 64, 64]);
+    assert_eq!(model.provenance["preprocess.input_size"], Provenance::Inferred);
+    assert_eq!(model.spec.access, Access::WhiteBox);
+    assert!(model.notes.iter().any(|note| note.contains("64 is the first usual one")));
+    // With global pooling every size fits; the usual default is taken and said.
+    let global = Node::new("GlobalAveragePool", "pool", &["c"], &["p"]);
+    let model = ingest_graph(&classifier(&open, global, 4, &[]));
+    assert_eq!(model.spec.preprocess.input_size, [3, 224, 224]);
+    assert_eq!(model.provenance["preprocess.input_size"], Provenance::Default);
+    assert!(model.notes.iter().any(|note| note.contains("224 is assumed")));
+}
+
+#[test]
+fn a_model_that_gives_only_labels_is_read_behind_its_argmax() {
+    let image: Vec<Dimension> = [2, 3, 32, 32].map(Dimension::Fixed).into();
+    let argmax = Node::new("ArgMax", "best", &["scores"], &["label"])
+        .with("axis", Attribute::Int(1))
+        .with("keepdims", Attribute::Int(0));
+    let model = ingest_graph(&classifier(&image, max_pool(), 256, &[argmax]));
+    assert_eq!(model.spec.access, Access::WhiteBox);
+    assert_eq!(model.spec.logits_output, "scores");
+    assert_eq!((model.spec.output_kind, model.spec.classes), (OutputKind::Logits, 6));
+    assert_eq!(model.spec.batch, metazoa::zoo::BatchDimension::Fixed(2));
+}
+
+#[test]
+fn an_operator_outside_the_set_is_listed_and_the_model_falls_to_black_box() {
+    let image: Vec<Dimension> = [1, 3, 32, 32].map(Dimension::Fixed).into();
+    let odd = Node::new("GridSample", "pool", &["c", "c"], &["p"]);
+    let model = ingest_graph(&classifier(&image, odd, 256, &[]));
+    assert_eq!(model.spec.access, Access::BlackBox);
+    assert_eq!(model.spec.unsupported_ops, ["GridSample"]);
+    assert!(model.notes[0].contains("GridSample") || model.notes[1].contains("GridSample"));
 }

@@ -25,8 +25,11 @@ pub(crate) struct IngestArgs {
 /// Ingests and prints a row a model; then refuses a zoo without any usable one.
 pub(crate) fn run(args: &IngestArgs, settings: &Settings, printer: &Printer) -> Result<Outcome> {
     let context = startup::context(settings, printer)?;
-    let options =
-        IngestOptions { zoo: args.zoo.clone(), catalog: CatalogWriting::Write, probe: None };
+    let options = IngestOptions {
+        zoo: args.zoo.clone(),
+        catalog: CatalogWriting::Write,
+        probe: startup::probe_options(&context),
+    };
     let found = ingest(&context, &options)?;
     printer.result(&output(&found), |_| table(&found))?;
     found.verdict(if args.strict { Strictness::Strict } else { Strictness::Lenient })?;
