@@ -5,9 +5,9 @@ use candle_core::{Device, Tensor};
 use crate::error::{Error, Result};
 use crate::tensor::tape::{KeepDims, Var};
 
-/// Factor that training multiplies the logits by: 16 over the length of an embedding. Raw squared
-/// distances grow with that length and saturate the softmax at the start; the factor leaves them of
-/// order one. Predictions do not depend on it. `tests/it/meta.rs` shows what it brings.
+/// Factor that training multiplies the logits by: 16 over the length of an embedding, as in the
+/// reference pipeline of ../shared/data/README.md 3. Raw squared distances grow with that length; the
+/// factor keeps them of one order for every image size. Predictions do not depend on it.
 pub fn logit_factor(embedding_dim: usize) -> f64 {
     16.0 / embedding_dim.max(1) as f64
 }
