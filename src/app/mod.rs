@@ -14,11 +14,17 @@ pub mod files;
 pub mod ingest;
 pub mod ingest_output;
 pub mod ingest_probe;
+pub mod inspect;
+pub mod invert;
 pub mod progress;
 pub mod report;
+pub mod run;
 pub mod run_folder;
 pub mod schemas;
+pub mod settings;
 pub mod setup;
+pub mod teachers;
+pub mod train;
 
 pub use config::RunConfig;
 pub use context::Context;

@@ -9,8 +9,12 @@ use super::doctor::Diagnosis;
 use super::eval::EvalResult;
 use super::export::ExportResult;
 use super::ingest_output::IngestOutput;
+use super::inspect::InspectResult;
+use super::invert::InvertResult;
+use super::run::RunResult;
 use super::run_folder::RunRecord;
 use super::setup::SetupResult;
+use super::train::TrainResult;
 use crate::error::{Error, Result};
 use crate::report::Event;
 use crate::zoo::Sidecar;
@@ -26,9 +30,13 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("event", schema_of::<Event>()),
         ("export", schema_of_written::<ExportResult>()),
         ("ingest", schema_of_written::<IngestOutput>()),
+        ("inspect", schema_of_written::<InspectResult>()),
+        ("invert", schema_of_written::<InvertResult>()),
+        ("main-job", schema_of_written::<RunResult>()),
         ("run", schema_of_written::<RunRecord>()),
         ("setup", schema_of_written::<SetupResult>()),
         ("sidecar", schema_of::<Sidecar>()),
+        ("train", schema_of_written::<TrainResult>()),
     ]
 }
 

@@ -23,8 +23,16 @@ pub(crate) struct Cli {
 /// The verbs.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// The main job: ingest, train, evaluate, export and report in one go
+    Run(verbs::run::RunArgs),
     /// Check every model of a folder and write its catalog.json
     Ingest(verbs::ingest::IngestArgs),
+    /// Everything known of one model
+    Inspect(verbs::inspect::InspectArgs),
+    /// Images of a model's classes, recovered from it
+    Invert(verbs::invert::InvertArgs),
+    /// Recover images from a zoo and meta-train on them
+    Train(verbs::train::TrainArgs),
     /// Few-shot accuracy of a run or an exported meta-model on real images
     Eval(verbs::eval::EvalArgs),
     /// Write a run's meta-model as ONNX, checked against ONNX Runtime

@@ -5,6 +5,7 @@
 //! in [`crate::app`], and prints what comes back. stdout is data, stderr is talk.
 
 mod args;
+mod overrides;
 mod printer;
 mod progress;
 mod settings;
@@ -62,7 +63,11 @@ fn run(command: &args::Command, settings: &Settings, printer: &Printer) -> Resul
     startup::start_threads(settings)?;
     startup::start_logging(settings, printer);
     match command {
+        args::Command::Run(args) => verbs::run::run(args, settings, printer),
         args::Command::Ingest(args) => verbs::ingest::run(args, settings, printer),
+        args::Command::Inspect(args) => verbs::inspect::run(args, settings, printer),
+        args::Command::Invert(args) => verbs::invert::run(args, settings, printer),
+        args::Command::Train(args) => verbs::train::run(args, settings, printer),
         args::Command::Eval(args) => verbs::eval::run(args, settings, printer),
         args::Command::Export(args) => verbs::export::run(args, settings, printer),
         args::Command::Report(args) => verbs::report::run(args, printer),

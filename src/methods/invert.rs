@@ -12,9 +12,10 @@ use super::parts::CrossEntropy;
 use super::parts::priors::{size, total_variation};
 use super::recover::{RecoverIteration, Watch};
 
-/// Middle and unit of the standardised pixel space.
+/// Middle of the standardised pixel space, in canonical values.
 const MIDDLE: f32 = 0.5;
-const UNIT: f32 = 0.25;
+/// Unit of the standardised pixel space, in canonical values.
+pub const UNIT: f32 = 0.25;
 /// Standardised pixels of canonical 0 and 1.
 const RANGE: f32 = 2.0;
 

@@ -35,8 +35,18 @@ pub struct RunConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Method {
-    /// Episode curriculum inversion (CVPR 2023).
-    Purer,
+    /// Plain inversion: pixels (white-box) or a generator (black-box), then a ProtoNet on what was
+    /// recovered.
+    Inversion,
+}
+
+impl Method {
+    /// The name in settings and results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Inversion => "inversion",
+        }
+    }
 }
 
 /// Recovering images.
@@ -45,6 +55,8 @@ pub enum Method {
 pub struct RecoverConfig {
     /// Images a class of each model.
     pub images_per_class: usize,
+    /// Most images recovered in one batch; a model of many classes is done in blocks of classes.
+    pub batch: usize,
     /// By gradients, from white-box models.
     pub white_box: WhiteBoxConfig,
     /// By queries, from black-box models.
@@ -58,8 +70,10 @@ pub struct WhiteBoxConfig {
     /// Optimiser steps.
     pub steps: usize,
     /// Adam's learning rate, in units of the canonical image's range.
-    pub learning_rate: f32,
-    /// Weight of the normalisation statistics.
+    pub learning_rate: f64,
+    /// Share of the learning rate left at the last step (half a cosine between).
+    pub final_rate: f64,
+    /// Weight of the normalisation statistics, shared among a model's layers.
     pub statistics_weight: f32,
     /// Weight of the total variation.
     pub total_variation_weight: f32,
@@ -76,11 +90,15 @@ pub struct BlackBoxConfig {
     /// Generator steps.
     pub steps: usize,
     /// Adam's learning rate of generator and latents.
-    pub learning_rate: f32,
+    pub learning_rate: f64,
+    /// Values of a latent.
+    pub latent: usize,
+    /// Feature maps of the generator's last layers (64 in the paper).
+    pub features: usize,
     /// Random directions q of an estimate.
     pub directions: usize,
     /// Smoothing mu of the finite differences.
-    pub smoothing: f32,
+    pub smoothing: f64,
     /// Queries that may be spent on a model without a budget of its own; null is no limit.
     pub query_budget: Option<u64>,
 }
@@ -199,7 +217,7 @@ impl Default for RunConfig {
         Self {
             schema_version: 1,
             zoo: "zoo".into(),
-            method: Method::Purer,
+            method: Method::Inversion,
             seed: 0,
             image_size: [32, 32],
             max_models: None,
@@ -215,6 +233,7 @@ impl Default for RecoverConfig {
     fn default() -> Self {
         Self {
             images_per_class: 12,
+            batch: 120,
             white_box: WhiteBoxConfig::default(),
             black_box: BlackBoxConfig::default(),
         }
@@ -226,7 +245,8 @@ impl Default for WhiteBoxConfig {
         Self {
             steps: 150,
             learning_rate: 0.025,
-            statistics_weight: 0.3,
+            final_rate: 0.05,
+            statistics_weight: 1.2,
             total_variation_weight: 1e-3,
             l2_weight: 1e-5,
             jitter: 2,
@@ -239,6 +259,8 @@ impl Default for BlackBoxConfig {
         Self {
             steps: 60,
             learning_rate: 1e-3,
+            latent: 256,
+            features: 32,
             directions: 20,
             smoothing: 0.005,
             query_budget: Some(500_000),
@@ -255,7 +277,7 @@ impl Default for MetaConfig {
             shot: 5,
             query: 7,
             learning_rate: 2e-3,
-            schedule: Schedule::Constant,
+            schedule: Schedule::Cosine,
             cross_model_share: 1.0,
             augmentation: AugmentationConfig::default(),
             checkpoint_every: 100,

@@ -1,0 +1,126 @@
+//! The use-case `invert`: images of one model's classes, as an ImageFolder with a contact sheet and
+//! the loss curve.
+
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::Instant;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::config::RunConfig;
+use super::files::write_atomically;
+use super::teachers::{TeacherOptions, open};
+use super::{Context, settings};
+use crate::access::library::RuntimeOptions;
+use crate::error::{Error, Result};
+use crate::methods::{Watch, recover_one};
+use crate::report::{Series, contact_sheet, image_png, line_plot};
+use crate::zoo::read;
+
+/// Images a row of the contact sheet.
+const SHEET_COLUMNS: usize = 12;
+
+/// What to invert.
+#[derive(Debug, Clone)]
+pub struct InvertOptions {
+    /// The file.
+    pub model: PathBuf,
+    /// Where the images go; must not exist or be empty.
+    pub out: PathBuf,
+    /// The settings; `recover` and `image_size` count.
+    pub config: RunConfig,
+    /// Where ONNX Runtime is looked for, for models that can only be queried.
+    pub runtime: RuntimeOptions,
+}
+
+/// What was written.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct InvertResult {
+    /// The folder: `CLASS/NNN.png`, `sheet.png`, `loss.svg`.
+    pub path: PathBuf,
+    /// Images written.
+    pub images: usize,
+    /// Share of them the model itself puts into the wanted class.
+    pub agreement: Option<f64>,
+    /// Last cross-entropy seen.
+    pub loss: f64,
+    /// Queries spent.
+    pub queries: u64,
+    /// Wall time.
+    pub seconds: f64,
+}
+
+/// Inverts one model.
+///
+/// # Errors
+/// When the model cannot be used, the folder holds something, or the user interrupts.
+pub fn invert(context: &Context, options: &InvertOptions) -> Result<InvertResult> {
+    let begin = Instant::now();
+    refuse_occupied(&options.out)?;
+    let spec = read::read_file(&options.model)?.spec;
+    let folder = options.model.parent().filter(|p| !p.as_os_str().is_empty());
+    let teachers = TeacherOptions {
+        zoo: folder.unwrap_or(Path::new(".")).to_path_buf(),
+        runtime: options.runtime.clone(),
+        black: settings::black_options(&options.config),
+        query_budget: options.config.recover.black_box.query_budget,
+    };
+    let teacher = open(&spec, &teachers)?;
+    let config = settings::recover_config(&options.config);
+    let stage = context.progress.stage("invert", Some(config.steps(&spec) as u64));
+    let losses: Mutex<Vec<f64>> = Mutex::default();
+    let lock = || losses.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let watch = Watch {
+        observe: &|iteration| {
+            stage.advance(1);
+            stage.message(&format!("loss {:.3}", iteration.loss));
+            lock().push(iteration.loss);
+        },
+        interrupt: &context.interrupt,
+    };
+    let recovered = recover_one(teacher.as_ref(), &config, &watch)?;
+    drop(stage);
+    let model = &recovered.images;
+    let images = model.images();
+    let [_, _, height, width] = images.shape();
+    for (class, label) in model.labels.iter().enumerate() {
+        let own: Vec<usize> = (0..model.len()).filter(|&i| model.classes[i] == class).collect();
+        let name = format!("{class:04}_{}", file_name(label));
+        for (number, &index) in own.iter().enumerate() {
+            let path = options.out.join(&name).join(format!("{number:03}.png"));
+            let parent = path.parent().unwrap_or(&options.out);
+            std::fs::create_dir_all(parent).map_err(|error| Error::io(parent, &error))?;
+            write_atomically(&path, &image_png(images.image(index), height, width)?)?;
+        }
+    }
+    write_atomically(&options.out.join("sheet.png"), &contact_sheet(&images, &model.classes, SHEET_COLUMNS)?)?;
+    let losses = losses.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let points = losses.iter().enumerate().map(|(step, &loss)| (step as f64, loss)).collect();
+    let series = Series { name: "cross-entropy".into(), points };
+    if let Some(plot) = line_plot("step", "loss", &[series])? {
+        write_atomically(&options.out.join("loss.svg"), plot.as_bytes())?;
+    }
+    Ok(InvertResult {
+        path: options.out.clone(),
+        images: model.len(),
+        agreement: Some(recovered.agreement).filter(|share| share.is_finite()),
+        loss: losses.last().copied().unwrap_or(f64::NAN),
+        queries: recovered.queries,
+        seconds: begin.elapsed().as_secs_f64(),
+    })
+}
+
+fn refuse_occupied(out: &Path) -> Result<()> {
+    let occupied = std::fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some());
+    if occupied {
+        return Err(Error::input(format!("the folder is not empty: `{}`", out.display()))
+            .hint("choose another `--out`"));
+    }
+    Ok(())
+}
+
+/// A label as a folder's name.
+fn file_name(label: &str) -> String {
+    label.chars().map(|c| if c.is_alphanumeric() || "-_ ".contains(c) { c } else { '_' }).collect()
+}

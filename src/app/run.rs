@@ -1,0 +1,68 @@
+//! The use-case `run`, the main job: ingest, train, evaluate, export and report in one go.
+//!
+//! Evaluation needs images and export needs ONNX Runtime; what the settings leave out is left out.
+
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::eval::{Baselines, EvalOptions, EvalResult, evaluate_target};
+use super::export::{ExportResult, export_run};
+use super::report::{ReportResult, write_report};
+use super::train::{TrainOptions, TrainResult, train};
+use super::{BatchNorm, Context, RunFolder};
+use crate::data::{EpisodeShape, ImageFolder};
+use crate::error::Result;
+
+/// All results of a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct RunResult {
+    /// Training.
+    pub train: TrainResult,
+    /// One evaluation a shot.
+    pub evaluations: Vec<EvalResult>,
+    /// The meta-model's files.
+    pub exports: Vec<ExportResult>,
+    /// The page.
+    pub report: ReportResult,
+    /// Picture of recovered images.
+    pub images: PathBuf,
+}
+
+/// Runs the main job; everything lands in the run folder.
+///
+/// # Errors
+/// Those of the steps. A folder of evaluation images that cannot be read is refused before anything
+/// is computed.
+pub fn run(context: &Context, options: &TrainOptions) -> Result<RunResult> {
+    if let Some(eval) = &options.config.eval {
+        ImageFolder::open(&eval.data, eval.split.as_deref())?;
+    }
+    let trained = train(context, options)?;
+    let run = RunFolder::open(&trained.run)?;
+    let config = run.config()?;
+    let mut evaluations = Vec::new();
+    if let Some(eval) = &config.eval {
+        for &shot in &eval.shots {
+            let shape = EpisodeShape { way: eval.way, shot, query: eval.query };
+            let options = EvalOptions {
+                data: eval.data.clone(),
+                split: eval.split.clone(),
+                shape,
+                episodes: eval.episodes,
+                batch_norm: BatchNorm::Inductive,
+                baselines: Baselines::All,
+            };
+            evaluations.push(evaluate_target(run.path(), &options, context)?);
+        }
+    }
+    let mut exports = Vec::new();
+    for &form in &config.export {
+        let file = run.path().join(format!("{}.onnx", form.name()));
+        exports.push(export_run(&run, form, &file, &options.runtime)?);
+    }
+    let report = write_report(&run)?;
+    let images = run.bank().join("sheet.png");
+    Ok(RunResult { train: trained, evaluations, exports, report, images })
+}

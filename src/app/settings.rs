@@ -1,0 +1,98 @@
+//! From the settings a user writes to the configurations the layers below take.
+
+use super::config::{Edge, RunConfig, Schedule};
+use crate::access::BlackOptions;
+use crate::access::zero_order::{Difference, ZeroOrder};
+use crate::meta::{self, Augmentation, ColourMap, ShiftEdge, TrainConfig};
+use crate::methods::invert::UNIT;
+use crate::methods::{GenerateConfig, InvertConfig, RecoverConfig};
+use crate::zoo::{Access, ModelSpec};
+
+/// Images asked of a black-box model at once.
+const QUERY_BATCH: usize = 128;
+/// Directions packed into one request.
+const PACK: usize = 1024;
+
+/// How images are recovered.
+pub fn recover_config(config: &RunConfig) -> RecoverConfig {
+    let (white, black) = (&config.recover.white_box, &config.recover.black_box);
+    RecoverConfig {
+        seed: config.seed,
+        image_size: config.image_size,
+        images_per_class: config.recover.images_per_class,
+        batch: config.recover.batch,
+        white_box: InvertConfig {
+            steps: white.steps,
+            learning_rate: white.learning_rate / f64::from(UNIT),
+            final_rate: white.final_rate,
+            statistics: white.statistics_weight,
+            total_variation: white.total_variation_weight,
+            size: white.l2_weight,
+            jitter: white.jitter,
+        },
+        black_box: GenerateConfig {
+            steps: black.steps,
+            learning_rate: black.learning_rate,
+            latent: black.latent,
+            features: black.features,
+        },
+    }
+}
+
+impl RecoverConfig {
+    /// Steps that the recovery of a model takes, for progress.
+    pub fn steps(&self, spec: &ModelSpec) -> usize {
+        let per_block = (self.batch / self.images_per_class.max(1)).max(1);
+        let steps = match spec.access {
+            Access::WhiteBox => self.white_box.steps,
+            Access::BlackBox | Access::Remote => self.black_box.steps,
+        };
+        steps * spec.classes.div_ceil(per_block)
+    }
+}
+
+/// How black-box models are asked.
+pub fn black_options(config: &RunConfig) -> BlackOptions {
+    let black = &config.recover.black_box;
+    BlackOptions {
+        zero_order: ZeroOrder {
+            directions: black.directions,
+            radius: black.smoothing,
+            difference: Difference::Forward,
+            pack: PACK,
+        },
+        batch: QUERY_BATCH,
+        spent: 0,
+    }
+}
+
+/// How the meta-model is trained.
+pub fn train_config(config: &RunConfig) -> TrainConfig {
+    let meta = &config.meta;
+    let augmentation = &meta.augmentation;
+    TrainConfig {
+        seed: config.seed,
+        way: meta.way,
+        shot: meta.shot,
+        query: meta.query,
+        steps: meta.steps,
+        learning_rate: meta.learning_rate,
+        schedule: match meta.schedule {
+            Schedule::Constant => meta::Schedule::Constant,
+            Schedule::Cosine => meta::Schedule::Cosine,
+        },
+        cross_model_share: meta.cross_model_share,
+        augmentation: Augmentation {
+            shift: augmentation.shift,
+            edge: match augmentation.edge {
+                Edge::Grey => ShiftEdge::Grey,
+                Edge::Nearest => ShiftEdge::Nearest,
+            },
+            colour: augmentation.color.as_ref().map(|color| ColourMap {
+                identity: color.identity,
+                matrix: color.matrix,
+                offset: color.offset,
+            }),
+        },
+    }
+}

@@ -1,0 +1,423 @@
+//! The use-case `train`: ingest a zoo, recover images from every model, meta-train on them.
+//!
+//! Everything lands in the run folder as it is made: one file a model in `bank/`, checkpoints while
+//! training. A run that was killed or interrupted goes on from there and ends with the same bytes.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::time::Instant;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::config::RunConfig;
+use super::ingest::{CatalogWriting, Ingest, IngestOptions, ProbeOptions, Strictness, ingest};
+use super::run_folder::{RunFolder, RunRecord, UsedModel, versions};
+use super::teachers::{TeacherOptions, open};
+use super::{Context, settings};
+use crate::access::library::RuntimeOptions;
+use crate::error::{Error, ErrorKind, Result};
+use crate::meta::{Backbone, Limits, StopReason, Trainer};
+use crate::methods::parts::ImageBank;
+use crate::methods::{RecoverItem, Recovered, recover};
+use crate::report::{Event, EventLog, contact_sheet};
+use crate::tensor::Images;
+use crate::zoo::{ModelSpec, Rejection};
+
+/// Rows of the picture of recovered images.
+const SHEET_ROWS: usize = 24;
+/// Images a row.
+const SHEET_COLUMNS: usize = 12;
+
+/// What to train.
+#[derive(Debug, Clone)]
+pub struct TrainOptions {
+    /// The settings.
+    pub config: RunConfig,
+    /// The run folder.
+    pub out: PathBuf,
+    /// Whether `out` must be new.
+    pub start: Start,
+    /// The command line, for the record.
+    pub command: Vec<String>,
+    /// Where ONNX Runtime is looked for.
+    pub runtime: RuntimeOptions,
+    /// How black-box models are tried out at ingest.
+    pub probe: Option<ProbeOptions>,
+}
+
+/// Whether a run begins or goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// In a new folder.
+    New,
+    /// In the folder of an unfinished run, with that run's settings.
+    Resume,
+}
+
+/// Seconds by stage.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct TrainSeconds {
+    /// Recovering images.
+    pub recover: f64,
+    /// Meta-training.
+    pub meta: f64,
+    /// All, ingest included.
+    pub total: f64,
+}
+
+/// What came of it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct TrainResult {
+    /// The run folder.
+    pub run: PathBuf,
+    /// The method.
+    pub method: String,
+    /// `done`, `diverged`.
+    pub stop_reason: String,
+    /// Meta-training steps.
+    pub steps: u64,
+    /// Models that gave images.
+    pub models_used: usize,
+    /// Models of the zoo that could not be used.
+    pub models_rejected: usize,
+    /// Images recovered.
+    pub images: usize,
+    /// Queries spent on black-box models.
+    pub queries: u64,
+    /// Wall time of this call.
+    pub seconds: TrainSeconds,
+}
+
+/// Trains; the run folder holds everything that came of it.
+///
+/// # Errors
+/// When no model can be used, the run folder cannot be made, or the user interrupts (the folder can
+/// then be resumed).
+pub fn train(context: &Context, options: &TrainOptions) -> Result<TrainResult> {
+    let begin = Instant::now();
+    let resumed = match options.start {
+        Start::New => None,
+        Start::Resume => Some(RunFolder::open(&options.out)?),
+    };
+    let config = match &resumed {
+        Some(run) => run.config()?,
+        None => options.config.clone(),
+    };
+    let found = ingest(
+        context,
+        &IngestOptions {
+            zoo: config.zoo.clone(),
+            catalog: CatalogWriting::Skip,
+            probe: options.probe.clone(),
+        },
+    )?;
+    found.verdict(Strictness::Lenient)?;
+    let mut specs = found.specs();
+    specs.truncate(config.max_models.unwrap_or(usize::MAX));
+    let run = match resumed {
+        Some(run) => {
+            same_models(&run.record()?, &specs)?;
+            run
+        }
+        None => {
+            let record = new_record(&config, &specs, &found, &options.command);
+            RunFolder::create(&options.out, &config, &record)?
+        }
+    };
+    let log = run.event_log()?;
+    let work = Work { context, options, config: &config, run: &run, log: &log, begin };
+    let result = work.recover(&found, &specs).and_then(|(bank, recover)| {
+        let begin_meta = Instant::now();
+        let (reason, steps) = work.meta_train(&bank)?;
+        let meta = begin_meta.elapsed().as_secs_f64();
+        Ok((bank, recover, reason, steps, meta))
+    });
+    let mut record = run.record()?;
+    let (bank, recover, reason, steps, meta) = match result {
+        Ok(done) => done,
+        Err(error) => {
+            let reason = match error.kind() {
+                ErrorKind::Interrupted => "interrupted",
+                _ => "failed",
+            };
+            record.stop_reason = Some(reason.into());
+            run.save_record(&record)?;
+            return Err(error);
+        }
+    };
+    let total = begin.elapsed().as_secs_f64();
+    record.stop_reason = Some(reason.into());
+    for (name, value) in [("recover", recover), ("meta", meta), ("total", total)] {
+        *record.seconds.entry(name.into()).or_default() += value;
+    }
+    run.save_record(&record)?;
+    Ok(TrainResult {
+        run: run.path().into(),
+        method: config.method.name().into(),
+        stop_reason: reason.into(),
+        steps,
+        models_used: bank.models().len(),
+        models_rejected: record.rejected.len(),
+        images: bank.len(),
+        queries: record.models.iter().map(|model| model.queries).sum(),
+        seconds: TrainSeconds { recover, meta, total },
+    })
+}
+
+fn new_record(
+    config: &RunConfig,
+    specs: &[ModelSpec],
+    found: &Ingest,
+    command: &[String],
+) -> RunRecord {
+    let used = |spec: &ModelSpec| UsedModel {
+        id: spec.id.clone(),
+        sha: spec.sha.clone(),
+        access: spec.access,
+        classes: spec.classes,
+        norm_taps: spec.norm_taps,
+        images: 0,
+        queries: 0,
+        agreement: None,
+    };
+    RunRecord {
+        versions: versions(),
+        seed: config.seed,
+        command: command.to_vec(),
+        models: specs.iter().map(used).collect(),
+        rejected: found.rejected.clone(),
+        stop_reason: None,
+        seconds: BTreeMap::new(),
+    }
+}
+
+/// A resumed run must find the models it began with.
+fn same_models(record: &RunRecord, specs: &[ModelSpec]) -> Result<()> {
+    let now: BTreeMap<&str, &str> =
+        specs.iter().map(|spec| (spec.id.as_str(), spec.sha.as_str())).collect();
+    for model in &record.models {
+        match now.get(model.id.as_str()) {
+            Some(sha) if *sha == model.sha => {}
+            found => {
+                let what = if found.is_some() { "has changed" } else { "is gone" };
+                return Err(Error::input(format!(
+                    "model {what} since the run began: `{}`",
+                    model.id
+                ))
+                .hint("put the zoo back as it was, or start a new run"));
+            }
+        }
+    }
+    Ok(())
+}
+
+struct Work<'a> {
+    context: &'a Context,
+    options: &'a TrainOptions,
+    config: &'a RunConfig,
+    run: &'a RunFolder,
+    log: &'a EventLog,
+    begin: Instant,
+}
+
+impl Work<'_> {
+    fn time(&self) -> f64 {
+        self.begin.elapsed().as_secs_f64()
+    }
+
+    /// Recovers every model's images; returns the bank and the time it took.
+    fn recover(&self, found: &Ingest, specs: &[ModelSpec]) -> Result<(ImageBank, f64)> {
+        let begin = Instant::now();
+        // A resumed run leaves out what failed before, so that its bank stays the same.
+        let gone: Vec<String> = self.run.record()?.rejected.into_iter().map(|r| r.path).collect();
+        let specs: Vec<&ModelSpec> =
+            specs.iter().filter(|spec| !gone.contains(&rejected_path(found, spec))).collect();
+        let settings = settings::recover_config(self.config);
+        let steps = |spec: &ModelSpec| settings.steps(spec) as u64;
+        let stage =
+            self.context.progress.stage("recover", Some(specs.iter().map(|s| steps(s)).sum()));
+        let items: Vec<RecoverItem> = specs
+            .iter()
+            .map(|spec| RecoverItem {
+                id: spec.id.clone(),
+                file: self.run.bank().join(format!("{}.safetensors", bank_name(spec))),
+            })
+            .collect();
+        let teachers = TeacherOptions {
+            zoo: found.zoo.clone(),
+            runtime: self.options.runtime.clone(),
+            black: settings::black_options(self.config),
+            query_budget: self.config.recover.black_box.query_budget,
+        };
+        let failed: Mutex<Option<Error>> = Mutex::default();
+        let keep = |error: Error| {
+            failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get_or_insert(error);
+        };
+        let results = recover(
+            &items,
+            &|index| open(specs[index], &teachers),
+            &settings,
+            &self.context.interrupt,
+            &|index, iteration| {
+                stage.advance(1);
+                if iteration.step % 10 == 0 {
+                    let event = Event::new(self.time(), "recover", iteration.step as u64)
+                        .model(&items[index].id)
+                        .value("loss", iteration.loss)
+                        .value("statistics", iteration.statistics)
+                        .value("prior", iteration.prior);
+                    if let Err(error) = self.log.write(&event) {
+                        keep(error);
+                    }
+                }
+            },
+            &|index, result| match result {
+                Ok(recovered) => stage.message(&format!(
+                    "{}: agreement {:.0} %",
+                    items[index].id,
+                    100.0 * recovered.agreement
+                )),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => self.context.progress.note(&format!("left out: {error}")),
+            },
+        );
+        drop(stage);
+        self.context.check_interrupt()?;
+        if let Some(error) = failed.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
+            return Err(error);
+        }
+        let bank = self.gather(found, &specs, results)?;
+        Ok((bank, begin.elapsed().as_secs_f64()))
+    }
+
+    /// Puts the images together in the order of the specs, and writes down what failed.
+    fn gather(
+        &self,
+        found: &Ingest,
+        specs: &[&ModelSpec],
+        results: Vec<Result<Recovered>>,
+    ) -> Result<ImageBank> {
+        let mut record = self.run.record()?;
+        let mut bank = ImageBank::default();
+        let mut first_error = None;
+        for (spec, result) in specs.iter().zip(results) {
+            match result {
+                Ok(recovered) => {
+                    if let Some(used) = record.models.iter_mut().find(|m| m.id == spec.id) {
+                        used.images = recovered.images.len();
+                        used.queries = recovered.queries;
+                        used.agreement =
+                            Some(recovered.agreement).filter(|share| share.is_finite());
+                    }
+                    bank.push(recovered.images)?;
+                }
+                Err(error) => {
+                    record.models.retain(|model| model.id != spec.id);
+                    record.rejected.push(Rejection {
+                        path: rejected_path(found, spec),
+                        reason: error.to_string(),
+                        hint: error.hint_text().map(str::to_owned),
+                    });
+                    first_error.get_or_insert(error);
+                }
+            }
+        }
+        self.run.save_record(&record)?;
+        match first_error {
+            Some(error) if bank.is_empty() => Err(error),
+            _ => {
+                self.run.write("bank/sheet.png", &self.sheet(&bank)?)?;
+                Ok(bank)
+            }
+        }
+    }
+
+    /// A picture of some recovered images: one row a class, spread over the models.
+    fn sheet(&self, bank: &ImageBank) -> Result<Vec<u8>> {
+        let total: usize = bank.models().iter().map(|model| model.labels.len()).sum();
+        let every = total.div_ceil(SHEET_ROWS).max(1);
+        let [h, w] = self.config.image_size;
+        let mut shown = Images::zeros([0, 3, h, w]);
+        let mut labels = Vec::new();
+        let mut class_number = 0;
+        for model in bank.models() {
+            let images = model.images();
+            for class in 0..model.labels.len() {
+                if class_number % every == 0 {
+                    let own: Vec<usize> = (0..model.len())
+                        .filter(|&i| model.classes[i] == class)
+                        .take(SHEET_COLUMNS)
+                        .collect();
+                    shown.extend(&images.select(&own))?;
+                    labels.extend(std::iter::repeat_n(class_number, own.len()));
+                }
+                class_number += 1;
+            }
+        }
+        contact_sheet(&shown, &labels, SHEET_COLUMNS)
+    }
+
+    /// Meta-trains from the newest checkpoint, or from the start.
+    fn meta_train(&self, bank: &ImageBank) -> Result<(&'static str, u64)> {
+        let config = settings::train_config(self.config);
+        let mut trainer = match self.run.latest_checkpoint() {
+            Ok(checkpoint) => Trainer::restore(config, &checkpoint)?,
+            Err(_) => {
+                Trainer::new(config, Backbone::conv4(self.config.meta.width, self.config.seed)?)
+            }
+        };
+        let stage = self.context.progress.stage("meta-train", Some(self.config.meta.steps));
+        stage.advance(trainer.step());
+        let every = self.config.meta.checkpoint_every;
+        let mut failed = None;
+        let reason = trainer.run(bank, Limits::default(), &mut |trainer, iteration| {
+            stage.advance(1);
+            let logged = (iteration.step % 10 == 0).then(|| {
+                stage.message(&format!(
+                    "loss {:.3}, accuracy {:.0} %",
+                    iteration.loss,
+                    100.0 * iteration.accuracy
+                ));
+                let event = Event::new(self.time(), "meta", iteration.step)
+                    .value("loss", iteration.loss)
+                    .value("accuracy", iteration.accuracy);
+                self.log.write(&event)
+            });
+            let saved = (iteration.step % every == 0).then(|| self.checkpoint(trainer));
+            failed = [logged, saved].into_iter().flatten().find_map(Result::err);
+            if failed.is_some() || self.context.is_interrupted() {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        })?;
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        self.checkpoint(&trainer)?;
+        match reason {
+            StopReason::Interrupted => Err(Error::interrupted()),
+            StopReason::Diverged => Ok(("diverged", trainer.step())),
+            _ => Ok(("done", trainer.step())),
+        }
+    }
+
+    fn checkpoint(&self, trainer: &Trainer) -> Result<()> {
+        self.run.save_checkpoint(trainer.step(), |path| trainer.save(path)).map(|_| ())
+    }
+}
+
+/// The file of a spec, relative to the zoo, as rejections name it.
+fn rejected_path(found: &Ingest, spec: &ModelSpec) -> String {
+    let path = spec.path.strip_prefix(&found.zoo).unwrap_or(&spec.path);
+    path.display().to_string()
+}
+
+/// Name of a model's file in the bank: its identity, so that two copies of a file do not collide.
+fn bank_name(spec: &ModelSpec) -> String {
+    let short: String = spec.sha.chars().take(16).collect();
+    format!("{short}-{}", spec.id.replace('/', "_"))
+}

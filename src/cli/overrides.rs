@@ -1,0 +1,38 @@
+//! Settings from the environment (`METAZOA_META__STEPS=100`) and from `--set meta.steps=100`.
+
+use crate::app::config::Override;
+use crate::error::{Error, Result};
+
+/// Variables that are global flags or places, not settings of a run.
+const OTHERS: [&str; 4] = ["METAZOA_SEED", "METAZOA_JOBS", "METAZOA_DEVICE", "METAZOA_ORT_DIR"];
+
+/// The `METAZOA_*` variables that name settings, sorted by name.
+pub(crate) fn from_environment() -> Vec<Override> {
+    let mut found: Vec<Override> = std::env::vars()
+        .filter(|(name, _)| name.starts_with("METAZOA_") && !OTHERS.contains(&name.as_str()))
+        .map(|(name, value)| Override {
+            key: name.trim_start_matches("METAZOA_").to_lowercase().replace("__", "."),
+            value,
+            origin: format!("environment variable `{name}`"),
+        })
+        .collect();
+    found.sort_by(|a, b| a.key.cmp(&b.key));
+    found
+}
+
+/// The `--set KEY=VALUE` flags, in order.
+///
+/// # Errors
+/// When one has no `=`.
+pub(crate) fn from_flags(set: &[String]) -> Result<Vec<Override>> {
+    set.iter()
+        .map(|text| {
+            let (key, value) = text.split_once('=').ok_or_else(|| {
+                Error::usage(format!("a setting is `KEY=VALUE`, got `{text}`"))
+                    .hint("for instance `--set meta.steps=100`")
+            })?;
+            let origin = format!("flag `--set {text}`");
+            Ok(Override { key: key.into(), value: value.into(), origin })
+        })
+        .collect()
+}

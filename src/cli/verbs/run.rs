@@ -1,0 +1,93 @@
+//! `metazoa run [CONFIG.yaml]`: the main job.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::{eval, train};
+use crate::app::RunConfig;
+use crate::app::config::{EvalConfig, Override};
+use crate::app::run::{RunResult, run as run_all};
+use crate::app::train::{Start, TrainOptions};
+use crate::cli::printer::Printer;
+use crate::cli::settings::Settings;
+use crate::cli::{Outcome, overrides, startup};
+use crate::error::Result;
+
+/// Arguments of `run`.
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// Settings (YAML) [default: the quickstart on the bundled `zoo`]
+    config: Option<PathBuf>,
+    /// The run folder to make
+    #[arg(long, value_name = "DIR", default_value = "runs/quickstart")]
+    out: PathBuf,
+    /// Go on with an unfinished run, with its own settings
+    #[arg(long)]
+    resume: bool,
+    /// Set one setting, as `meta.steps=100`
+    #[arg(short = 's', long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+}
+
+/// The main job on the bundled zoo and its images.
+fn quickstart() -> RunConfig {
+    let eval = EvalConfig {
+        data: "zoo/images/glyphs".into(),
+        split: Some("meta_test".into()),
+        ..EvalConfig::default()
+    };
+    RunConfig { eval: Some(eval), ..RunConfig::default() }
+}
+
+/// Runs and prints training, accuracies and files.
+pub(crate) fn run(args: &RunArgs, settings: &Settings, printer: &Printer) -> Result<Outcome> {
+    let config = match &args.config {
+        Some(path) => RunConfig::read(path)?,
+        None => quickstart(),
+    };
+    let seed = settings.seed.map(|seed| Override {
+        key: "seed".into(),
+        value: seed.to_string(),
+        origin: "flag `--seed`".into(),
+    });
+    let config = config
+        .with_overrides(&overrides::from_environment())?
+        .with_overrides(&overrides::from_flags(&args.set)?)?
+        .with_overrides(seed.as_slice())?;
+    let context = startup::context(settings, printer)?;
+    let options = TrainOptions {
+        config,
+        out: args.out.clone(),
+        start: if args.resume { Start::Resume } else { Start::New },
+        command: std::env::args().collect(),
+        runtime: context.runtime_options(),
+        probe: startup::probe_options(&context),
+    };
+    let result = run_all(&context, &options)?;
+    printer.result(&result, table)?;
+    Ok(Outcome::Done)
+}
+
+fn table(result: &RunResult) -> String {
+    let mut text = train::table(&result.train);
+    for evaluation in &result.evaluations {
+        text.push('\n');
+        text.push_str(&eval::table(evaluation));
+    }
+    text.push('\n');
+    for export in &result.exports {
+        // Writing to a `String` cannot fail.
+        let _ = writeln!(
+            text,
+            "{} ({} bytes, within {:.1e} of ONNX Runtime)",
+            export.path.display(),
+            export.bytes,
+            export.max_abs_diff_ort
+        );
+    }
+    let _ = writeln!(text, "{}", result.images.display());
+    let _ = writeln!(text, "{}", result.report.path.display());
+    text
+}

@@ -1,0 +1,93 @@
+//! `metazoa train [ZOO]`: recover images from a zoo and meta-train on them.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use crate::app::RunConfig;
+use crate::app::config::Override;
+use crate::app::train::{Start, TrainOptions, TrainResult, train};
+use crate::cli::printer::Printer;
+use crate::cli::settings::Settings;
+use crate::cli::{Outcome, overrides, startup};
+use crate::error::Result;
+
+/// Arguments of `train`.
+#[derive(Debug, Args)]
+pub(crate) struct TrainArgs {
+    /// The folder of models [default: the settings' `zoo`]
+    zoo: Option<PathBuf>,
+    /// The method
+    #[arg(long, value_enum)]
+    method: Option<MethodName>,
+    /// Settings (YAML); flags and METAZOA_* variables override them
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The run folder to make
+    #[arg(long, value_name = "RUN")]
+    out: PathBuf,
+    /// Go on with an unfinished run, with its own settings
+    #[arg(long)]
+    resume: bool,
+    /// Set one setting, as `meta.steps=100`
+    #[arg(short = 's', long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum MethodName {
+    Inversion,
+}
+
+/// Trains and prints what came of it.
+pub(crate) fn run(args: &TrainArgs, settings: &Settings, printer: &Printer) -> Result<Outcome> {
+    let mut config = match &args.config {
+        Some(path) => RunConfig::read(path)?,
+        None => RunConfig::default(),
+    };
+    config = config.with_overrides(&overrides::from_environment())?;
+    config = config.with_overrides(&overrides::from_flags(&args.set)?)?;
+    let mut flags: Vec<Override> = Vec::new();
+    let mut flag = |key: &str, value: String, name: &str| {
+        flags.push(Override { key: key.into(), value, origin: format!("flag `{name}`") });
+    };
+    if let Some(MethodName::Inversion) = args.method {
+        flag("method", "inversion".into(), "--method");
+    }
+    if let Some(seed) = settings.seed {
+        flag("seed", seed.to_string(), "--seed");
+    }
+    config = config.with_overrides(&flags)?;
+    if let Some(zoo) = &args.zoo {
+        config.zoo.clone_from(zoo);
+    }
+    let context = startup::context(settings, printer)?;
+    let options = TrainOptions {
+        config,
+        out: args.out.clone(),
+        start: if args.resume { Start::Resume } else { Start::New },
+        command: std::env::args().collect(),
+        runtime: context.runtime_options(),
+        probe: startup::probe_options(&context),
+    };
+    let result = train(&context, &options)?;
+    printer.result(&result, table)?;
+    Ok(Outcome::Done)
+}
+
+pub(crate) fn table(result: &TrainResult) -> String {
+    format!(
+        "run {}: {}, {} steps on {} images of {} models ({} rejected), {} queries; \
+         recovery {:.0} s, meta-training {:.0} s, total {:.0} s\n",
+        result.run.display(),
+        result.stop_reason,
+        result.steps,
+        result.images,
+        result.models_used,
+        result.models_rejected,
+        result.queries,
+        result.seconds.recover,
+        result.seconds.meta,
+        result.seconds.total
+    )
+}
