@@ -7,13 +7,14 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::config::EvalConfig;
 use super::eval::{Baselines, EvalOptions, EvalResult, evaluate_target};
 use super::export::{ExportResult, export_run};
 use super::report::{ReportResult, write_report};
 use super::train::{TrainOptions, TrainResult, train};
-use super::{BatchNorm, Context, RunFolder};
-use crate::data::{EpisodeShape, ImageFolder};
-use crate::error::Result;
+use super::{BatchNorm, Context, RunConfig, RunFolder};
+use crate::data::{EpisodeSampler, EpisodeShape, ImageFolder};
+use crate::error::{Result, ResultExt};
 
 /// All results of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -30,6 +31,18 @@ pub struct RunResult {
     pub images: PathBuf,
 }
 
+/// Refuses evaluation images that cannot carry the episodes before hours are spent on training.
+fn check_images(eval: &EvalConfig, config: &RunConfig) -> Result<()> {
+    let folder = ImageFolder::open(&eval.data, eval.split.as_deref())?;
+    let (set, _) = folder.load(config.image_size)?;
+    for &shot in &eval.shots {
+        let shape = EpisodeShape { way: eval.way, shot, query: eval.query };
+        EpisodeSampler::new(&set, shape, config.seed, "")
+            .context(|| format!("evaluation images `{}`", eval.data.display()))?;
+    }
+    Ok(())
+}
+
 /// Runs the main job; everything lands in the run folder.
 ///
 /// # Errors
@@ -37,7 +50,7 @@ pub struct RunResult {
 /// is computed.
 pub fn run(context: &Context, options: &TrainOptions) -> Result<RunResult> {
     if let Some(eval) = &options.config.eval {
-        ImageFolder::open(&eval.data, eval.split.as_deref())?;
+        check_images(eval, &options.config)?;
     }
     let trained = train(context, options)?;
     let run = RunFolder::open(&trained.run)?;

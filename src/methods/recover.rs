@@ -1,6 +1,6 @@
 //! Recovery of a whole zoo: every teacher's images, side by side, each model a file of its own.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use crate::access::Teacher;
 use crate::error::{Error, Result, ResultExt};
-use crate::tensor::Images;
+use crate::tensor::{Images, TensorStore};
 use crate::zoo::Access;
 
 use super::generate::{GenerateConfig, generate};
@@ -74,6 +74,34 @@ pub struct Recovered {
     pub queries: u64,
     /// Wall-clock time; 0 for images read from an earlier run.
     pub seconds: f64,
+}
+
+impl Recovered {
+    /// Writes the images and what is known of them to `path`, whole or not at all.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let mut store = self.images.to_store();
+        store.words.insert("agreement".into(), self.agreement.to_string());
+        store.words.insert("queries".into(), self.queries.to_string());
+        store.save(path)
+    }
+
+    /// Reads what [`Recovered::save`] wrote.
+    ///
+    /// # Errors
+    /// When the file is missing or not such a file.
+    pub fn load(path: &Path) -> Result<Self> {
+        let at = || format!("image bank `{}`", path.display());
+        let store = TensorStore::load(path).context(at)?;
+        Ok(Self {
+            images: ModelImages::from_store(&store).context(at)?,
+            agreement: store.number("agreement").context(at)?,
+            queries: store.number("queries").context(at)?,
+            seconds: 0.0,
+        })
+    }
 }
 
 /// Recovers the images of one teacher.
@@ -167,14 +195,13 @@ pub fn recover(
             return Err(Error::interrupted());
         }
         if item.file.exists() {
-            let images = ModelImages::load(&item.file)?;
-            return Ok(Recovered { images, agreement: f64::NAN, queries: 0, seconds: 0.0 });
+            return Recovered::load(&item.file);
         }
         let teacher = open(index)?;
         let told = |iteration: &RecoverIteration| observe(index, iteration);
         let watch = Watch { observe: &told, interrupt };
         let recovered = recover_one(teacher.as_ref(), config, &watch)?;
-        recovered.images.save(&item.file)?;
+        recovered.save(&item.file)?;
         Ok(recovered)
     };
     items

@@ -24,8 +24,10 @@ pub struct Stored {
 /// The content of a file.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct TensorStore {
-    /// Tensors by name.
+    /// Tensors of numbers by name.
     pub tensors: BTreeMap<String, Stored>,
+    /// Tensors of bytes (8-bit images) by name: dimensions and values. No name is in both maps.
+    pub bytes: BTreeMap<String, (Vec<usize>, Vec<u8>)>,
     /// Words by name ("step", "architecture").
     pub words: BTreeMap<String, String>,
 }
@@ -87,9 +89,14 @@ impl TensorStore {
             .values()
             .map(|t| t.data.iter().flat_map(|v| v.to_le_bytes()).collect())
             .collect();
-        let mut views = Vec::with_capacity(bytes.len());
+        let mut views = Vec::with_capacity(bytes.len() + self.bytes.len());
         for ((name, tensor), bytes) in self.tensors.iter().zip(&bytes) {
             let view = TensorView::new(Dtype::F32, tensor.shape.clone(), bytes)
+                .map_err(|error| Error::internal(format!("cannot write {name}: `{error}`")))?;
+            views.push((name.as_str(), view));
+        }
+        for (name, (shape, data)) in &self.bytes {
+            let view = TensorView::new(Dtype::U8, shape.clone(), data)
                 .map_err(|error| Error::internal(format!("cannot write {name}: `{error}`")))?;
             views.push((name.as_str(), view));
         }
@@ -97,7 +104,7 @@ impl TensorStore {
             .map_err(|error| Error::internal(format!("cannot write tensors: `{error}`")))
     }
 
-    /// Reads the content of a file's bytes. Tensors must be `F32`.
+    /// Reads the content of a file's bytes. Tensors must be `F32` or `U8`.
     ///
     /// # Errors
     /// When the bytes are no such file.
@@ -110,11 +117,16 @@ impl TensorStore {
             Some(words) => serde_json::from_str(words).map_err(|e| refuse(&e))?,
             None => BTreeMap::new(),
         };
-        let mut store = Self { tensors: BTreeMap::new(), words };
+        let mut store = Self { words, ..Self::default() };
         for (name, view) in SafeTensors::deserialize(bytes).map_err(|e| refuse(&e))?.tensors() {
+            if view.dtype() == Dtype::U8 {
+                let data = view.data().to_vec();
+                store.bytes.insert(name.into(), (view.shape().to_vec(), data));
+                continue;
+            }
             if view.dtype() != Dtype::F32 {
                 return Err(Error::input(format!(
-                    "tensor {name} must be F32, is `{:?}`",
+                    "tensor {name} must be F32 or U8, is `{:?}`",
                     view.dtype()
                 )));
             }
@@ -138,8 +150,7 @@ impl TensorStore {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
-        let mut file =
-            tempfile::NamedTempFile::new_in(folder).map_err(|e| Error::io(folder, &e))?;
+        let mut file = temporary(folder).map_err(|e| Error::io(folder, &e))?;
         std::io::Write::write_all(&mut file, &bytes).map_err(|e| Error::io(path, &e))?;
         file.persist(path).map_err(|e| Error::io(path, &e.error))?;
         Ok(())

@@ -13,7 +13,11 @@ fn help_lists_only_what_works() {
     Usage: metazoa [OPTIONS] <COMMAND>
 
     Commands:
+      run          The main job: ingest, train, evaluate, export and report in one go
       ingest       Check every model of a folder and write its catalog.json
+      inspect      Everything known of one model
+      invert       Images of a model's classes, recovered from it
+      train        Recover images from a zoo and meta-train on them
       eval         Few-shot accuracy of a run or an exported meta-model on real images
       export       Write a run's meta-model as ONNX, checked against ONNX Runtime
       report       Write a run's self-contained report.html

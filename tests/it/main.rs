@@ -7,6 +7,7 @@ mod cli;
 mod data;
 mod eval;
 mod graph;
+mod main_job;
 mod meta;
 mod onnx;
 mod pictures;

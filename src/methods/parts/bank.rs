@@ -4,9 +4,7 @@
 //! are one safetensors file, content-addressed and written by rename, so a lost worker costs only its
 //! unfinished models.
 
-use std::path::Path;
-
-use crate::error::{Error, Result, ResultExt};
+use crate::error::{Error, Result};
 use crate::meta::ClassSource;
 use crate::tensor::{Images, TensorStore};
 
@@ -56,41 +54,33 @@ impl ModelImages {
         images
     }
 
-    /// Writes the images to `path` (temporary file, then rename).
-    ///
-    /// # Errors
-    /// When the file cannot be written.
-    pub fn save(&self, path: &Path) -> Result<()> {
+    /// The images as the content of a file.
+    pub fn to_store(&self) -> TensorStore {
         let mut store = TensorStore::default();
         let [h, w] = self.size;
-        let shape = [self.len(), 3, h, w];
-        store.insert("images", &shape, self.pixels.iter().map(|&b| f32::from(b)).collect());
+        store.bytes.insert("images".into(), (vec![self.len(), 3, h, w], self.pixels.clone()));
         let classes = self.classes.iter().map(|&c| c as f32).collect();
         store.insert("classes", &[self.len()], classes);
         store.words.insert("model".into(), self.id.clone());
         store.words.insert("labels".into(), self.labels.join("\n"));
-        store.save(path)
+        store
     }
 
-    /// Reads what [`ModelImages::save`] wrote.
+    /// Reads what [`ModelImages::to_store`] made.
     ///
     /// # Errors
-    /// When the file is missing or not such a file.
-    pub fn load(path: &Path) -> Result<Self> {
-        let at = || format!("image bank `{}`", path.display());
-        let store = TensorStore::load(path).context(at)?;
-        let shape = store.tensors.get("images").map(|t| t.shape.clone()).unwrap_or_default();
-        let [n, 3, h, w] = shape[..] else {
-            return Err(Error::input(format!("holds no images, but `{shape:?}`")).context(at()));
-        };
-        let images = store.tensor("images", &shape)?;
+    /// When the store is another one.
+    pub fn from_store(store: &TensorStore) -> Result<Self> {
+        let missing = || Error::input("holds no recovered images");
+        let (shape, pixels) = store.bytes.get("images").ok_or_else(missing)?;
+        let [n, 3, h, w] = shape[..] else { return Err(missing()) };
         let classes = store.tensor("classes", &[n])?;
         Ok(Self {
-            id: store.word("model").context(at)?.to_string(),
-            labels: store.word("labels").context(at)?.split('\n').map(str::to_string).collect(),
+            id: store.word("model")?.to_string(),
+            labels: store.word("labels")?.split('\n').map(str::to_string).collect(),
             classes: classes.iter().map(|&c| c as usize).collect(),
             size: [h, w],
-            pixels: images.iter().map(|&v| v as u8).collect(),
+            pixels: pixels.clone(),
         })
     }
 }

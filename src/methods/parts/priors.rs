@@ -14,35 +14,63 @@ pub fn total_variation(
     weight: f32,
     gradient: &mut [f32],
 ) -> f64 {
-    let plane = height * width;
     let mut total = 0.0;
-    for (dy, dx) in [(0, 1), (1, 0), (1, 1), (1, -1isize)] {
-        let pairs = |visit: &mut dyn FnMut(usize, usize)| {
-            for start in (0..z.len()).step_by(plane) {
-                for y in 0..height - dy.min(height) {
-                    for x in 0..width {
-                        let Some(other) = x.checked_add_signed(dx).filter(|&o| o < width) else {
-                            continue;
-                        };
-                        visit(start + y * width + x, start + (y + dy) * width + other);
-                    }
-                }
-            }
-        };
-        let mut squares = 0.0;
-        pairs(&mut |a, b| squares += f64::from(z[a] - z[b]) * f64::from(z[a] - z[b]));
-        let norm = squares.sqrt();
+    for (dy, dx) in [(0, 1), (1, 0), (1, 1), (1, -1)] {
+        let norm = differences(z, height, width, dy, dx).sqrt();
         total += norm;
         if norm > 0.0 {
             let scale = weight / norm as f32;
-            pairs(&mut |a, b| {
-                let d = scale * (z[a] - z[b]);
-                gradient[a] += d;
-                gradient[b] -= d;
-            });
+            add_differences(z, height, width, dy, dx, scale, gradient);
         }
     }
     total
+}
+
+/// The two stretches of a plane whose elements are `dy` rows and `dx` columns apart, row by row:
+/// (start of the first, start of the second, length).
+fn stretches(
+    height: usize,
+    width: usize,
+    dy: usize,
+    dx: isize,
+) -> impl Iterator<Item = (usize, usize, usize)> {
+    let (first, second) = if dx < 0 { (1, 0) } else { (0, dx.unsigned_abs()) };
+    let length = width - width.min(dx.unsigned_abs());
+    (0..height.saturating_sub(dy))
+        .map(move |y| (y * width + first, (y + dy) * width + second, length))
+}
+
+/// Sum of squared differences, in a fixed order.
+fn differences(z: &[f32], height: usize, width: usize, dy: usize, dx: isize) -> f64 {
+    let mut total = 0.0;
+    for plane in z.chunks_exact(height * width) {
+        for (a, b, n) in stretches(height, width, dy, dx) {
+            let pairs = plane[a..a + n].iter().zip(&plane[b..b + n]);
+            total += f64::from(pairs.map(|(a, b)| (a - b) * (a - b)).sum::<f32>());
+        }
+    }
+    total
+}
+
+fn add_differences(
+    z: &[f32],
+    height: usize,
+    width: usize,
+    dy: usize,
+    dx: isize,
+    scale: f32,
+    gradient: &mut [f32],
+) {
+    let planes = z.chunks_exact(height * width).zip(gradient.chunks_exact_mut(height * width));
+    for (plane, gradient) in planes {
+        for (a, b, n) in stretches(height, width, dy, dx) {
+            for i in 0..n {
+                let d = scale * (plane[a + i] - plane[b + i]);
+                gradient[a + i] += d;
+                gradient[b + i] -= d;
+            }
+        }
+    }
 }
 
 /// `||z||` times `weight`: keeps pixels near the middle of their range.

@@ -1,0 +1,197 @@
+//! The main job as a user drives it: the built binary on models of the bundled zoo.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::support::{metazoa, repository, run_in, temp_dir};
+
+/// Copies models (and their sidecars) of the bundled zoo into `DIR/zoo`.
+fn small_zoo(dir: &Path, names: &[&str]) -> PathBuf {
+    let zoo = dir.join("zoo");
+    std::fs::create_dir_all(&zoo).unwrap();
+    for name in names {
+        for extension in ["onnx", "yaml"] {
+            let file = format!("{name}.{extension}");
+            std::fs::copy(repository().join("zoo").join(&file), zoo.join(&file)).unwrap();
+        }
+    }
+    zoo
+}
+
+const CONV4: [&str; 2] = ["ss_001_glyphs_conv4_32", "ss_011_glyphs_conv4_32"];
+/// Settings that make a run of seconds.
+const QUICK: [&str; 8] = [
+    "-s",
+    "recover.images_per_class=6",
+    "-s",
+    "recover.white_box.steps=3",
+    "-s",
+    "meta.shot=2",
+    "-s",
+    "meta.query=3",
+];
+
+fn train(dir: &Path, out: &str, more: &[&str]) -> crate::support::Ran {
+    let mut args = vec!["train", "zoo", "--out", out, "--json"];
+    args.extend(QUICK);
+    args.extend(more);
+    run_in(dir, &args)
+}
+
+/// The bytes of everything in a run folder that must not depend on time or threads.
+fn bytes_of_run(run: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    for folder in ["bank", "ckpt"] {
+        for entry in std::fs::read_dir(run.join(folder)).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.strip_prefix(run).unwrap().display().to_string();
+            found.insert(name, std::fs::read(path).unwrap());
+        }
+    }
+    found
+}
+
+#[test]
+fn the_same_seed_gives_the_same_bytes_for_any_number_of_jobs() {
+    let dir = temp_dir();
+    small_zoo(dir.path(), &CONV4);
+    for (out, jobs, seed) in [("one", "1", "3"), ("two", "2", "3"), ("other", "2", "4")] {
+        let more = ["-s", "meta.steps=4", "--jobs", jobs, "--seed", seed];
+        let ran = train(dir.path(), out, &more);
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        let result: Value = serde_json::from_str(&ran.stdout).unwrap();
+        assert_eq!(result["models_used"], 2);
+        assert_eq!(result["images"], 60);
+        assert_eq!(result["stop_reason"], "done");
+    }
+    let one = bytes_of_run(&dir.path().join("one"));
+    assert_eq!(one.len(), 5, "two models, a sheet, a checkpoint, latest: {:?}", one.keys());
+    assert!(one == bytes_of_run(&dir.path().join("two")), "jobs changed the bytes");
+    assert!(one != bytes_of_run(&dir.path().join("other")), "another seed gave the same bytes");
+}
+
+#[test]
+fn a_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one() {
+    let dir = temp_dir();
+    small_zoo(dir.path(), &CONV4);
+    let settings = ["-s", "meta.steps=40", "-s", "meta.checkpoint_every=5"];
+    assert_eq!(train(dir.path(), "whole", &settings).code, 0);
+    let mut args = vec!["train", "zoo", "--out", "killed", "--json"];
+    args.extend(QUICK);
+    args.extend(settings);
+    let mut child = std::process::Command::new(metazoa(dir.path()).get_program())
+        .args(&args)
+        .current_dir(dir.path())
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    // Killed once the first checkpoint is there: in the middle of meta-training.
+    let latest = dir.path().join("killed/ckpt/latest");
+    while !latest.exists() && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let again = run_in(dir.path(), &["train", "--out", "killed", "--resume"]);
+    assert_eq!(again.code, 0, "{}", again.stderr);
+    let run = |name: &str| {
+        let mut bytes = bytes_of_run(&dir.path().join(name));
+        // Which older checkpoints are still there depends on the moment of the kill.
+        bytes.retain(|name, _| !name.starts_with("ckpt/step-") || name.contains("step-40."));
+        bytes
+    };
+    assert!(run("whole") == run("killed"), "resuming changed the bytes");
+}
+
+#[test]
+fn the_main_job_evaluates_exports_and_reports() {
+    let dir = temp_dir();
+    small_zoo(dir.path(), &["ss_001_glyphs_conv4_32", "edge_int8_qdq"]);
+    let data = repository().join("zoo/images/glyphs");
+    let config = format!(
+        "schema_version: 1\nzoo: zoo\nrecover:\n  images_per_class: 6\n  white_box: {{steps: 3}}\n  \
+         black_box: {{steps: 2, directions: 2, features: 4}}\nmeta: {{steps: 3, shot: 2, query: 3}}\n\
+         eval:\n  data: {}\n  split: meta_test\n  shots: [1, 5]\n  episodes: 20\n",
+        data.display()
+    );
+    std::fs::write(dir.path().join("config.yaml"), config).unwrap();
+    let ran = run_in(dir.path(), &["run", "config.yaml", "--out", "out", "--json"]);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let result: Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(result["train"]["models_used"], 2);
+    // Per step and image one query and two directions; one query more to judge each image.
+    assert_eq!(result["train"]["queries"], 30 * (2 * 3 + 1));
+    for evaluation in result["evaluations"].as_array().unwrap() {
+        for baseline in ["untrained", "pixel-nearest", "pixel-prototype"] {
+            assert!(evaluation["baselines"][baseline]["accuracy"].is_number(), "{baseline}");
+        }
+    }
+    for export in result["exports"].as_array().unwrap() {
+        assert!(export["max_abs_diff_ort"].as_f64().unwrap() < 1e-3, "{export}");
+        assert!(dir.path().join(export["path"].as_str().unwrap()).is_file());
+    }
+    let report = std::fs::read_to_string(dir.path().join("out/report.html")).unwrap();
+    assert!(report.contains("edge_int8_qdq") && report.contains("<svg"), "report is incomplete");
+}
+
+#[test]
+fn a_bad_zoo_or_data_folder_is_one_clear_error_and_leaves_nothing() {
+    let dir = temp_dir();
+    std::fs::create_dir(dir.path().join("zoo")).unwrap();
+    let empty = train(dir.path(), "run", &[]);
+    assert_eq!((empty.code, empty.stdout.as_str()), (1, ""), "{}", empty.stderr);
+    assert!(empty.stderr.contains("no model in the zoo"), "{}", empty.stderr);
+    let truncated = std::fs::read(repository().join("zoo/ss_001_glyphs_conv4_32.onnx")).unwrap();
+    std::fs::write(dir.path().join("zoo/cut.onnx"), &truncated[..truncated.len() / 2]).unwrap();
+    let bad = train(dir.path(), "run", &[]);
+    assert_eq!(bad.code, 1, "{}", bad.stderr);
+    assert!(bad.stderr.contains("no usable model") && bad.stderr.contains("cut.onnx"));
+    assert!(!dir.path().join("run").exists(), "a refused zoo left a run folder");
+    // Too few images a class: refused by the evaluation settings before any work.
+    let images = dir.path().join("images/only_class");
+    std::fs::create_dir_all(&images).unwrap();
+    let config = "schema_version: 1\nzoo: zoo\neval: {data: images, episodes: 5}\n";
+    std::fs::write(dir.path().join("config.yaml"), config).unwrap();
+    let few = run_in(dir.path(), &["run", "config.yaml", "--out", "run"]);
+    assert_eq!(few.code, 1, "{}", few.stderr);
+    assert!(!dir.path().join("run").exists(), "refused evaluation images left a run folder");
+}
+
+#[test]
+fn inspect_measures_the_engine_on_a_model() {
+    let model = repository().join("zoo/mh_003_glyphs_resnet10.onnx");
+    let args = ["inspect", &model.display().to_string(), "--check-gradient", "--json"];
+    let ran = run_in(temp_dir().path(), &args);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let result: Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(result["access"], "white-box");
+    assert_eq!(result["norm_taps"], 12);
+    assert!(result["output_rel_err"].as_f64().unwrap() < 1e-4, "{result}");
+    assert!(result["gradient_rel_err"].as_f64().unwrap() < 1e-5, "{result}");
+    assert!(result["peak_mib"].as_f64().unwrap() > 0.1);
+}
+
+#[test]
+fn invert_writes_an_image_folder() {
+    let dir = temp_dir();
+    let model = repository().join("zoo/ss_001_glyphs_conv4_32.onnx");
+    let model = model.display().to_string();
+    let steps = "recover.white_box.steps=60";
+    let args = ["invert", &model, "--per-class", "4", "--out", "out", "--json", "-s", steps];
+    let ran = run_in(dir.path(), &args);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let result: Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(result["images"], 20);
+    assert!(result["agreement"].as_f64().unwrap() > 0.9, "{result}");
+    let folders = std::fs::read_dir(dir.path().join("out")).unwrap().filter(|entry| {
+        entry.as_ref().unwrap().path().is_dir()
+    });
+    assert_eq!(folders.count(), 5);
+    assert!(dir.path().join("out/sheet.png").is_file());
+    assert!(dir.path().join("out/loss.svg").is_file());
+    let again = run_in(dir.path(), &args);
+    assert_eq!(again.code, 1, "an occupied folder was taken");
+}
