@@ -16,5 +16,5 @@ pub mod zero_order;
 
 pub use adapter::Adapter;
 pub use black::{BlackOptions, BlackTeacher};
-pub use white::WhiteTeacher;
 pub use teacher::{ImageGradient, LogitsLoss, Objective, Teacher};
+pub use white::WhiteTeacher;

@@ -94,7 +94,10 @@ pub fn invert(context: &Context, options: &InvertOptions) -> Result<InvertResult
             write_atomically(&path, &image_png(images.image(index), height, width)?)?;
         }
     }
-    write_atomically(&options.out.join("sheet.png"), &contact_sheet(&images, &model.classes, SHEET_COLUMNS)?)?;
+    write_atomically(
+        &options.out.join("sheet.png"),
+        &contact_sheet(&images, &model.classes, SHEET_COLUMNS)?,
+    )?;
     let losses = losses.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     let points = losses.iter().enumerate().map(|(step, &loss)| (step as f64, loss)).collect();
     let series = Series { name: "cross-entropy".into(), points };

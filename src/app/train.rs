@@ -286,7 +286,8 @@ impl Work<'_> {
         );
         drop(stage);
         self.context.check_interrupt()?;
-        if let Some(error) = failed.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
+        if let Some(error) = failed.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner)
+        {
             return Err(error);
         }
         let bank = self.gather(found, &specs, results)?;

@@ -90,7 +90,9 @@ impl Normalization {
 
     /// Whether BatchNormalization was probably folded into the convolutions on export.
     pub fn looks_folded(&self) -> bool {
-        self.batch == 0 && self.other == 0 && self.biased_convolutions > 0
+        self.batch == 0
+            && self.other == 0
+            && self.biased_convolutions > 0
             && self.biased_convolutions == self.convolutions
     }
 }

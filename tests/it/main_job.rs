@@ -113,7 +113,7 @@ fn the_main_job_evaluates_exports_and_reports() {
     let data = repository().join("zoo/images/glyphs");
     let config = format!(
         "schema_version: 1\nzoo: zoo\nrecover:\n  images_per_class: 6\n  white_box: {{steps: 3}}\n  \
-         black_box: {{steps: 2, directions: 2, features: 4}}\nmeta: {{steps: 3, shot: 2, query: 3}}\n\
+         black_box: {{steps: 2, directions: 2, features: 4}}\nmeta: {{steps: 20, shot: 2, query: 3}}\n\
          eval:\n  data: {}\n  split: meta_test\n  shots: [1, 5]\n  episodes: 20\n",
         data.display()
     );
@@ -186,9 +186,9 @@ fn invert_writes_an_image_folder() {
     let result: Value = serde_json::from_str(&ran.stdout).unwrap();
     assert_eq!(result["images"], 20);
     assert!(result["agreement"].as_f64().unwrap() > 0.9, "{result}");
-    let folders = std::fs::read_dir(dir.path().join("out")).unwrap().filter(|entry| {
-        entry.as_ref().unwrap().path().is_dir()
-    });
+    let folders = std::fs::read_dir(dir.path().join("out"))
+        .unwrap()
+        .filter(|entry| entry.as_ref().unwrap().path().is_dir());
     assert_eq!(folders.count(), 5);
     assert!(dir.path().join("out/sheet.png").is_file());
     assert!(dir.path().join("out/loss.svg").is_file());

@@ -26,11 +26,8 @@ pub(crate) struct InspectArgs {
 pub(crate) fn run(args: &InspectArgs, settings: &Settings, printer: &Printer) -> Result<Outcome> {
     let gradient =
         if args.check_gradient { GradientChecking::Check } else { GradientChecking::Skip };
-    let options = InspectOptions {
-        model: args.model.clone(),
-        gradient,
-        runtime: settings.runtime_options(),
-    };
+    let options =
+        InspectOptions { model: args.model.clone(), gradient, runtime: settings.runtime_options() };
     let result = inspect(&startup::context(settings, printer)?, &options)?;
     printer.result(&result, table)?;
     Ok(Outcome::Done)
@@ -52,7 +49,10 @@ fn table(result: &InspectResult) -> String {
     row("access", word(&result.access));
     row("classes", format!("{}{}", spec.classes, source("classes")));
     let pre = &spec.preprocess;
-    row("input", format!("{} {:?}{}", spec.input_name, pre.input_size, source("preprocess.input_size")));
+    row(
+        "input",
+        format!("{} {:?}{}", spec.input_name, pre.input_size, source("preprocess.input_size")),
+    );
     row("layout, type", format!("{} {}", word(&pre.layout), word(&pre.dtype)));
     row("range, mean, std", format!("{:?} {:?} {:?}", pre.value_range, pre.mean, pre.std));
     row("color", format!("{}{}", word(&pre.color), source("preprocess.color")));

@@ -74,7 +74,7 @@ pub struct TapReference {
 
 /// A recorded operation.
 #[derive(Debug)]
-pub struct StepRecord<T> {
+pub(crate) struct StepRecord<T> {
     /// Node it came from, for messages and profiles.
     pub name: String,
     /// ONNX operator it came from.

@@ -9,7 +9,7 @@ use super::step::{Differentiable, Operand, Reads};
 
 /// Buffers of a plan.
 #[derive(Debug, Default)]
-pub struct Schedule {
+pub(crate) struct Schedule {
     /// Elements of each buffer.
     pub sizes: Vec<usize>,
     /// Buffer of each value.
@@ -29,7 +29,7 @@ struct Interval {
 
 impl Schedule {
     /// Lays out all values of `steps`; `lengths` are their sizes in elements.
-    pub fn new<T: crate::tensor::kernels::Element>(
+    pub(crate) fn new<T: crate::tensor::kernels::Element>(
         steps: &[StepRecord<T>],
         lengths: &[usize],
         input: usize,
