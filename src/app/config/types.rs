@@ -287,13 +287,14 @@ impl Default for MetaConfig {
 
 impl Default for AugmentationConfig {
     fn default() -> Self {
-        Self { shift: 2, edge: Edge::Grey, color: Some(ColorConfig::default()) }
+        // Chosen on the glyphs meta-val split (CHANGELOG).
+        Self { shift: 4, edge: Edge::Grey, color: Some(ColorConfig::default()) }
     }
 }
 
 impl Default for ColorConfig {
     fn default() -> Self {
-        Self { identity: 0.5, matrix: 0.5, offset: 0.2 }
+        Self { identity: 1.0, matrix: 0.4, offset: 0.1 }
     }
 }
 
