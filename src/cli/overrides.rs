@@ -1,13 +1,31 @@
 //! Settings from the environment (`METAZOA_META__STEPS=100`) and from `--set meta.steps=100`.
 
+use super::settings::Settings;
+use crate::app::RunConfig;
 use crate::app::config::Override;
 use crate::error::{Error, Result};
 
 /// Variables that are global flags or places, not settings of a run.
 const OTHERS: [&str; 4] = ["METAZOA_SEED", "METAZOA_JOBS", "METAZOA_DEVICE", "METAZOA_ORT_DIR"];
 
+/// `config` under the environment, then `--set` flags, then `--seed`.
+///
+/// # Errors
+/// When a setting is unknown or does not fit, naming where it was set.
+pub(crate) fn resolved(config: &RunConfig, set: &[String], settings: &Settings) -> Result<RunConfig> {
+    let seed = settings.seed.map(|seed| Override {
+        key: "seed".into(),
+        value: seed.to_string(),
+        origin: "flag `--seed`".into(),
+    });
+    config
+        .with_overrides(&from_environment())?
+        .with_overrides(&from_flags(set)?)?
+        .with_overrides(seed.as_slice())
+}
+
 /// The `METAZOA_*` variables that name settings, sorted by name.
-pub(crate) fn from_environment() -> Vec<Override> {
+fn from_environment() -> Vec<Override> {
     let mut found: Vec<Override> = std::env::vars()
         .filter(|(name, _)| name.starts_with("METAZOA_") && !OTHERS.contains(&name.as_str()))
         .map(|(name, value)| Override {
@@ -24,7 +42,7 @@ pub(crate) fn from_environment() -> Vec<Override> {
 ///
 /// # Errors
 /// When one has no `=`.
-pub(crate) fn from_flags(set: &[String]) -> Result<Vec<Override>> {
+fn from_flags(set: &[String]) -> Result<Vec<Override>> {
     set.iter()
         .map(|text| {
             let (key, value) = text.split_once('=').ok_or_else(|| {

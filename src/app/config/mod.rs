@@ -38,7 +38,15 @@ impl RunConfig {
     pub fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path)
             .map_err(|error| Error::io(path, &error).context("cannot read the settings"))?;
-        let config: Self = yaml::parse(&text, path)?;
+        Self::parse(&text, path)
+    }
+
+    /// Reads the text of a file; `path` is for messages.
+    ///
+    /// # Errors
+    /// As [`RunConfig::read`].
+    pub fn parse(text: &str, path: &Path) -> Result<Self> {
+        let config: Self = yaml::parse(text, path)?;
         config.check().context(|| format!("`{}`", path.display()))?;
         Ok(config)
     }

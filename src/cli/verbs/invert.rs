@@ -30,9 +30,9 @@ pub(crate) struct InvertArgs {
 
 /// Inverts and prints what was written.
 pub(crate) fn run(args: &InvertArgs, settings: &Settings, printer: &Printer) -> Result<Outcome> {
-    let mut config = RunConfig { seed: settings.seed.unwrap_or(0), ..RunConfig::default() };
+    let mut config = RunConfig::default();
     config.recover.images_per_class = args.per_class;
-    let config = config.with_overrides(&overrides::from_flags(&args.set)?)?;
+    let config = overrides::resolved(&config, &args.set, settings)?;
     let options = InvertOptions {
         model: args.model.clone(),
         out: args.out.clone(),

@@ -1,13 +1,12 @@
 //! `metazoa run [CONFIG.yaml]`: the main job.
 
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
 use super::{eval, train};
 use crate::app::RunConfig;
-use crate::app::config::{EvalConfig, Override};
 use crate::app::run::{RunResult, run as run_all};
 use crate::app::train::{Start, TrainOptions};
 use crate::cli::printer::Printer;
@@ -32,30 +31,15 @@ pub(crate) struct RunArgs {
 }
 
 /// The main job on the bundled zoo and its images.
-fn quickstart() -> RunConfig {
-    let eval = EvalConfig {
-        data: "zoo/images/glyphs".into(),
-        split: Some("meta_test".into()),
-        ..EvalConfig::default()
-    };
-    RunConfig { eval: Some(eval), ..RunConfig::default() }
-}
+const QUICKSTART: &str = include_str!("../../../examples/quickstart.yaml");
 
 /// Runs and prints training, accuracies and files.
 pub(crate) fn run(args: &RunArgs, settings: &Settings, printer: &Printer) -> Result<Outcome> {
     let config = match &args.config {
         Some(path) => RunConfig::read(path)?,
-        None => quickstart(),
+        None => RunConfig::parse(QUICKSTART, Path::new("examples/quickstart.yaml"))?,
     };
-    let seed = settings.seed.map(|seed| Override {
-        key: "seed".into(),
-        value: seed.to_string(),
-        origin: "flag `--seed`".into(),
-    });
-    let config = config
-        .with_overrides(&overrides::from_environment())?
-        .with_overrides(&overrides::from_flags(&args.set)?)?
-        .with_overrides(seed.as_slice())?;
+    let config = overrides::resolved(&config, &args.set, settings)?;
     let context = startup::context(settings, printer)?;
     let options = TrainOptions {
         config,

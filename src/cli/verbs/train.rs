@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use crate::app::RunConfig;
-use crate::app::config::Override;
+use crate::app::config::Method;
 use crate::app::train::{Start, TrainOptions, TrainResult, train};
 use crate::cli::printer::Printer;
 use crate::cli::settings::Settings;
@@ -41,23 +41,16 @@ enum MethodName {
 
 /// Trains and prints what came of it.
 pub(crate) fn run(args: &TrainArgs, settings: &Settings, printer: &Printer) -> Result<Outcome> {
-    let mut config = match &args.config {
+    let config = match &args.config {
         Some(path) => RunConfig::read(path)?,
         None => RunConfig::default(),
     };
-    config = config.with_overrides(&overrides::from_environment())?;
-    config = config.with_overrides(&overrides::from_flags(&args.set)?)?;
-    let mut flags: Vec<Override> = Vec::new();
-    let mut flag = |key: &str, value: String, name: &str| {
-        flags.push(Override { key: key.into(), value, origin: format!("flag `{name}`") });
-    };
-    if let Some(MethodName::Inversion) = args.method {
-        flag("method", "inversion".into(), "--method");
+    let mut config = overrides::resolved(&config, &args.set, settings)?;
+    if let Some(method) = args.method {
+        config.method = match method {
+            MethodName::Inversion => Method::Inversion,
+        };
     }
-    if let Some(seed) = settings.seed {
-        flag("seed", seed.to_string(), "--seed");
-    }
-    config = config.with_overrides(&flags)?;
     if let Some(zoo) = &args.zoo {
         config.zoo.clone_from(zoo);
     }
