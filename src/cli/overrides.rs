@@ -12,7 +12,11 @@ const OTHERS: [&str; 4] = ["METAZOA_SEED", "METAZOA_JOBS", "METAZOA_DEVICE", "ME
 ///
 /// # Errors
 /// When a setting is unknown or does not fit, naming where it was set.
-pub(crate) fn resolved(config: &RunConfig, set: &[String], settings: &Settings) -> Result<RunConfig> {
+pub(crate) fn resolved(
+    config: &RunConfig,
+    set: &[String],
+    settings: &Settings,
+) -> Result<RunConfig> {
     let seed = settings.seed.map(|seed| Override {
         key: "seed".into(),
         value: seed.to_string(),

@@ -121,7 +121,7 @@ impl TensorStore {
         for (name, view) in SafeTensors::deserialize(bytes).map_err(|e| refuse(&e))?.tensors() {
             if view.dtype() == Dtype::U8 {
                 let data = view.data().to_vec();
-                store.bytes.insert(name.into(), (view.shape().to_vec(), data));
+                store.bytes.insert(name, (view.shape().to_vec(), data));
                 continue;
             }
             if view.dtype() != Dtype::F32 {

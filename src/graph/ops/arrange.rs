@@ -168,7 +168,7 @@ fn slice<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()>
     let mut first = vec![0i64; rank];
     let mut step = vec![1i64; rank];
     let mut shape = x.shape().to_vec();
-    for i in 0..starts.len() {
+    for (i, &start) in starts.iter().enumerate() {
         let axis = match &slice_axes {
             Some(axes) => *axes.get(i).ok_or_else(absent)?,
             None => i as i64,
@@ -179,9 +179,9 @@ fn slice<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()>
         let end = *ends.get(i).ok_or_else(absent)?;
         let wrap = |v: i64| if v < 0 { v.saturating_add(size) } else { v };
         let (from, to) = if by > 0 {
-            (wrap(starts[i]).clamp(0, size), wrap(end).clamp(0, size))
+            (wrap(start).clamp(0, size), wrap(end).clamp(0, size))
         } else {
-            (wrap(starts[i]).clamp(-1, size - 1), wrap(end).clamp(-1, size - 1))
+            (wrap(start).clamp(-1, size - 1), wrap(end).clamp(-1, size - 1))
         };
         if by == 0 {
             return Err(Error::input("slice step must not be `0`"));

@@ -203,10 +203,11 @@ fn batch_normalization<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node)
     }
     let epsilon = f64::from(node.float("epsilon", 1e-5)?);
     let (mut a, mut b) = (Vec::new(), Vec::new());
-    for c in 0..channels {
-        let scale = parameters[0][c] / (parameters[3][c] + epsilon).sqrt();
+    let columns = parameters[0].iter().zip(&parameters[1]).zip(&parameters[2]).zip(&parameters[3]);
+    for (((gamma, beta), mean), var) in columns {
+        let scale = gamma / (var + epsilon).sqrt();
         a.push(T::of(scale));
-        b.push(T::of(parameters[1][c] - parameters[2][c] * scale));
+        b.push(T::of(beta - mean * scale));
     }
     let single = |values: &[f64]| values.iter().map(|&v| v as f32).collect();
     let tap = TapReference {

@@ -116,12 +116,12 @@ impl<T: Element> Step<T> for Reduce {
                     let mut product = T::ONE;
                     for &i in &members {
                         before.push(product);
-                        product = product * x[i];
+                        product *= x[i];
                     }
                     let mut after = T::ONE;
                     for (&i, &before) in members.iter().zip(&before).rev() {
                         target.data[i] += dy * before * after;
-                        after = after * x[i];
+                        after *= x[i];
                     }
                 }
             }

@@ -42,6 +42,11 @@ impl Value {
         self.shape().iter().product()
     }
 
+    /// No element.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Number of dimensions.
     pub fn rank(&self) -> usize {
         self.shape().len()

@@ -79,6 +79,8 @@ pub fn block_max<T: Element>(blocks: &Blocks, x: &[T], y: &mut [T], place: &mut 
                 let (mut best, mut at) = (x[large], 0);
                 for index in 1..(blocks.side * blocks.side) as u8 {
                     let value = x[large + blocks.offset(index)];
+                    // A number differs from itself only when it is NaN.
+                    #[allow(clippy::eq_op)]
                     if value > best || (value != value && best == best) {
                         (best, at) = (value, index);
                     }
