@@ -25,8 +25,7 @@ impl Embedder for Committee {
     }
 
     fn embed(&self, images: &Images, _: BatchNorm) -> Result<Vec<f32>> {
-        let n = images.shape()[0];
-        let mut rows = vec![Vec::new(); n];
+        let mut rows = vec![Vec::new(); images.shape()[0]];
         for teacher in &self.0 {
             let logits = teacher.logits(images)?;
             let scores = logits.chunks_exact(teacher.spec().classes);
@@ -56,8 +55,9 @@ fn main() -> Result<()> {
     };
     let (result, _) = evaluate(&committee, None, &options, &context)?;
     println!("{} models: {:.3} +- {:.3}", committee.0.len(), result.accuracy, result.ci95);
-    for (name, baseline) in &result.baselines {
-        println!("{name}: {:.3} +- {:.3}", baseline.accuracy, baseline.ci95);
-    }
+    result
+        .baselines
+        .iter()
+        .for_each(|(name, b)| println!("{name}: {:.3} +- {:.3}", b.accuracy, b.ci95));
     Ok(())
 }

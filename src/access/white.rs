@@ -10,7 +10,7 @@ use super::Adapter;
 use super::teacher::{ImageGradient, Objective, Teacher};
 use crate::error::{Error, Result, ResultExt};
 use crate::graph::facts::logits_under;
-use crate::graph::{CompileOptions, Graph, Plan, Workspace};
+use crate::graph::{CompileOptions, Gradient, Graph, Plan, Workspace};
 use crate::tensor::{Images, RngStream};
 use crate::zoo::{BatchDimension, ModelSpec};
 
@@ -83,6 +83,7 @@ impl WhiteTeacher {
             input: self.spec.input_name.clone(),
             input_shape: self.adapter.input_shape(n).to_vec(),
             output: self.logits.clone(),
+            gradient: Gradient::Wanted,
         }
     }
 

@@ -2,6 +2,7 @@
 //! logging.
 
 use std::io::Write;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -13,8 +14,9 @@ use super::printer::Printer;
 use super::progress::Bars;
 use super::settings::{Decoration, Settings, Talk};
 use crate::access::library;
-use crate::app::Context;
 use crate::app::ingest::ProbeOptions;
+use crate::app::train::{Start, TrainOptions};
+use crate::app::{Context, RunConfig};
 use crate::error::{Error, Result};
 use crate::tensor::Device;
 
@@ -109,6 +111,23 @@ pub(crate) fn context(settings: &Settings, printer: &Printer) -> Result<Context>
 pub(crate) fn probe_options(context: &Context) -> Option<ProbeOptions> {
     let library = library::find(&context.runtime_options()).ok()?;
     Some(ProbeOptions { executable: std::env::current_exe().ok()?, library: library.path })
+}
+
+/// What `train` and `run` hand to the training use-case.
+pub(crate) fn train_options(
+    context: &Context,
+    config: RunConfig,
+    out: &Path,
+    start: Start,
+) -> TrainOptions {
+    TrainOptions {
+        config,
+        out: out.to_path_buf(),
+        start,
+        command: std::env::args().collect(),
+        runtime: context.runtime_options(),
+        probe: probe_options(context),
+    }
 }
 
 /// Sends log lines to stderr with -v; `RUST_LOG` refines.

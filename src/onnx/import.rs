@@ -14,10 +14,10 @@ use super::{MAX_FILE_BYTES, wire};
 use crate::error::{Error, Result, ResultExt as _};
 use crate::graph::Graph;
 
-/// Newest standard operator set that is read; ONNX Runtime 1.31 stops there too.
-pub const MAX_OPSET: i64 = 26;
-/// Newest version of the file format that is read; ONNX Runtime 1.31 stops there too.
-pub const MAX_IR_VERSION: i64 = 13;
+/// Newest standard operator set that is read (ONNX 1.23; ONNX Runtime 1.31 stops at 26).
+pub const MAX_OPSET: i64 = 28;
+/// Newest version of the file format that is read (ONNX 1.23).
+pub const MAX_IR_VERSION: i64 = 14;
 
 /// A model as read from a file: its graph and what the file says about itself.
 #[derive(Debug, Clone, PartialEq)]

@@ -9,6 +9,7 @@ mod eval;
 mod graph;
 mod main_job;
 mod meta;
+mod nodes;
 mod onnx;
 mod pictures;
 mod probe;

@@ -398,6 +398,7 @@ fn the_graph_of_a_backbone_computes_its_embedding() {
         input: "images".into(),
         input_shape: vec![5, 3, 36, 36],
         output: "embedding".into(),
+        gradient: metazoa::graph::Gradient::Unused,
     };
     let plan = Plan::<f32>::compile(&graph, &options).unwrap();
     let gap = furthest(plan.forward(&mut plan.workspace(), batch.data()), &expected);

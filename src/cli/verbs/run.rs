@@ -8,7 +8,7 @@ use clap::Args;
 use super::{eval, train};
 use crate::app::RunConfig;
 use crate::app::run::{RunResult, run as run_all};
-use crate::app::train::{Start, TrainOptions};
+use crate::app::train::Start;
 use crate::cli::printer::Printer;
 use crate::cli::settings::Settings;
 use crate::cli::{Outcome, overrides, startup};
@@ -41,14 +41,8 @@ pub(crate) fn run(args: &RunArgs, settings: &Settings, printer: &Printer) -> Res
     };
     let config = overrides::resolved(&config, &args.set, settings)?;
     let context = startup::context(settings, printer)?;
-    let options = TrainOptions {
-        config,
-        out: args.out.clone(),
-        start: if args.resume { Start::Resume } else { Start::New },
-        command: std::env::args().collect(),
-        runtime: context.runtime_options(),
-        probe: startup::probe_options(&context),
-    };
+    let start = if args.resume { Start::Resume } else { Start::New };
+    let options = startup::train_options(&context, config, &args.out, start);
     let result = run_all(&context, &options)?;
     printer.result(&result, table)?;
     Ok(Outcome::Done)

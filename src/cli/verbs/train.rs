@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 
 use crate::app::RunConfig;
 use crate::app::config::Method;
-use crate::app::train::{Start, TrainOptions, TrainResult, train};
+use crate::app::train::{Start, TrainResult, train};
 use crate::cli::printer::Printer;
 use crate::cli::settings::Settings;
 use crate::cli::{Outcome, overrides, startup};
@@ -55,14 +55,8 @@ pub(crate) fn run(args: &TrainArgs, settings: &Settings, printer: &Printer) -> R
         config.zoo.clone_from(zoo);
     }
     let context = startup::context(settings, printer)?;
-    let options = TrainOptions {
-        config,
-        out: args.out.clone(),
-        start: if args.resume { Start::Resume } else { Start::New },
-        command: std::env::args().collect(),
-        runtime: context.runtime_options(),
-        probe: startup::probe_options(&context),
-    };
+    let start = if args.resume { Start::Resume } else { Start::New };
+    let options = startup::train_options(&context, config, &args.out, start);
     let result = train(&context, &options)?;
     printer.result(&result, table)?;
     Ok(Outcome::Done)

@@ -1,5 +1,5 @@
-//! Operators that move values without changing them: Transpose, Concat, Split, Slice, Gather, Expand,
-//! Tile, Pad, DepthToSpace, SpaceToDepth, and Where with a constant condition.
+//! Operators that move values without changing them: Transpose, Concat, Split, Slice, Expand, Tile,
+//! Pad, DepthToSpace, SpaceToDepth.
 
 use super::rearrange::{Source, indices, rearrange};
 use super::shape::axes;
@@ -15,13 +15,11 @@ pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
         "Concat" => concat,
         "Split" => split,
         "Slice" => slice,
-        "Gather" => gather,
         "Expand" => expand,
         "Tile" => tile,
         "Pad" => pad,
         "DepthToSpace" => depth_to_space,
         "SpaceToDepth" => space_to_depth,
-        "Where" => select,
         _ => return None,
     })
 }
@@ -30,7 +28,7 @@ fn at(position: usize) -> Source {
     Source::Element { input: 0, at: position }
 }
 
-fn dot(index: &[usize], strides: &[usize]) -> usize {
+pub(super) fn dot(index: &[usize], strides: &[usize]) -> usize {
     index.iter().zip(strides).map(|(i, s)| i * s).sum()
 }
 
@@ -64,15 +62,19 @@ fn transpose<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result
     Ok(())
 }
 
-fn concat<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
-    let parts: Vec<Value> = (0..node.inputs.len())
-        .filter_map(|index| lower.optional(node, index).transpose())
-        .collect::<Result<_>>()?;
+/// Emits `parts` one after the other along `axis`.
+///
+/// # Errors
+/// When their other axes differ.
+pub(super) fn side_by_side<T: Element>(
+    lower: &mut Lower<'_, T>,
+    parts: &[Value],
+    axis: usize,
+) -> Result<Value> {
     let first = parts.first().ok_or_else(|| Error::input("needs at least one input"))?;
-    let axis = axis_index(node.int("axis", 1)?, first.rank())?;
     let mut shape = first.shape().to_vec();
     shape[axis] = 0;
-    for part in &parts {
+    for part in parts {
         let fits = part.rank() == shape.len()
             && (0..shape.len()).all(|a| a == axis || part.shape()[a] == shape[a]);
         if !fits {
@@ -93,7 +95,16 @@ fn concat<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()
             (0..width).map(move |i| Source::Element { input, at: row * width + i })
         })
     });
-    let y = rearrange(lower, &parts, shape.clone(), 0.0, map)?;
+    rearrange(lower, parts, shape.clone(), 0.0, map)
+}
+
+fn concat<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let parts: Vec<Value> = (0..node.inputs.len())
+        .filter_map(|index| lower.optional(node, index).transpose())
+        .collect::<Result<_>>()?;
+    let rank = parts.first().map_or(0, Value::rank);
+    let axis = axis_index(node.int("axis", 1)?, rank)?;
+    let y = side_by_side(lower, &parts, axis)?;
     lower.set_output(node, 0, y);
     Ok(())
 }
@@ -199,37 +210,6 @@ fn slice<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()>
         at(position as usize)
     });
     let y = rearrange(lower, &[x], shape.clone(), 0.0, map)?;
-    lower.set_output(node, 0, y);
-    Ok(())
-}
-
-fn gather<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
-    let x = lower.input(node, 0)?;
-    let axis = axis_index(node.int("axis", 0)?, x.rank())?;
-    let chosen = lower
-        .constant_input(node, 1)?
-        .ok_or_else(|| Error::input("needs input `1`, the indices"))?;
-    let size = x.shape()[axis] as i64;
-    let mut picks = Vec::with_capacity(chosen.data.len());
-    for &i in chosen.as_i64().ok_or_else(|| Error::input("indices must be integers"))? {
-        let i = if i < 0 { i + size } else { i };
-        if !(0..size).contains(&i) {
-            return Err(Error::input(format!("index `{i}` is outside an axis of {size}")));
-        }
-        picks.push(i as usize);
-    }
-    let outer: usize = x.shape()[..axis].iter().product();
-    let inner: usize = x.shape()[axis + 1..].iter().product();
-    let mut shape = x.shape()[..axis].to_vec();
-    shape.extend_from_slice(&chosen.shape);
-    shape.extend_from_slice(&x.shape()[axis + 1..]);
-    let size = size as usize;
-    let map = (0..outer).flat_map(|row| {
-        picks
-            .iter()
-            .flat_map(move |&pick| (0..inner).map(move |i| at((row * size + pick) * inner + i)))
-    });
-    let y = rearrange(lower, &[x], shape, 0.0, map)?;
     lower.set_output(node, 0, y);
     Ok(())
 }
@@ -400,23 +380,6 @@ fn space_to_depth<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> R
     let y = lower.reshape(&x, vec![n, c, h / b, b, w / b, b])?;
     let y = permute(lower, &y, &[0, 3, 5, 1, 2, 4])?;
     let y = lower.reshape(&y, vec![n, c * b * b, h / b, w / b])?;
-    lower.set_output(node, 0, y);
-    Ok(())
-}
-
-fn select<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
-    let condition =
-        lower.constant_input(node, 0)?.ok_or_else(|| Error::input("needs input `0`"))?;
-    let (yes, no) = (lower.input(node, 1)?, lower.input(node, 2)?);
-    let shape = broadcast_shape(&broadcast_shape(&condition.shape, yes.shape())?, no.shape())?;
-    let spread =
-        [&condition.shape[..], yes.shape(), no.shape()].map(|from| broadcast_strides(from, &shape));
-    let truth: Vec<bool> = condition.to_f64().iter().map(|&v| v != 0.0).collect();
-    let map = indices(&shape).map(move |index| {
-        let input = usize::from(!truth[dot(&index, &spread[0])]);
-        Source::Element { input, at: dot(&index, &spread[1 + input]) }
-    });
-    let y = rearrange(lower, &[yes, no], shape.clone(), 0.0, map)?;
     lower.set_output(node, 0, y);
     Ok(())
 }

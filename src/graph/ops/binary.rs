@@ -1,29 +1,19 @@
-//! Operators of two inputs with broadcasting: arithmetic, Min, Max, Pow, PRelu, and, on constants
-//! only, comparisons and logic. Sum, Mean, Max and Min of many inputs chain the two-input form.
+//! Operators of two inputs with broadcasting: arithmetic, Min, Max, Pow, Mod, PRelu, comparisons and
+//! logic (1 and 0; they choose and carry no gradient), and bit operations on constants. Sum, Mean, Max
+//! and Min of many inputs chain the two-input form.
 
 use std::sync::Arc;
 
+pub(super) use super::arithmetic::Binary;
 use super::arrange::broadcast_strides;
 use super::elementwise::{Function, apply};
 use super::rearrange::indices;
+use super::shape::wrap;
 use super::{Rule, broadcast_shape};
 use crate::error::{Error, Result};
 use crate::graph::ir::{ConstantData, ConstantTensor, DataType, Node};
-use crate::graph::plan::{Lower, Needs, Step, StepState, Target, Value, from_elements};
+use crate::graph::plan::{Differentiable, Lower, Needs, Step, StepState, Target, Value};
 use crate::tensor::kernels::Element;
-
-/// A function of two numbers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Binary {
-    Add,
-    Sub,
-    Mul,
-    Div,
-    Pow,
-    Min,
-    Max,
-    PRelu,
-}
 
 /// How positions of one operand follow the output's.
 #[derive(Debug, Clone)]
@@ -78,82 +68,6 @@ impl Spread {
 struct BinaryStep {
     function: Binary,
     spreads: [Spread; 2],
-}
-
-impl Binary {
-    #[inline(always)]
-    fn value<T: Element>(self, a: T, b: T) -> T {
-        match self {
-            Self::Add => a + b,
-            Self::Sub => a - b,
-            Self::Mul => a * b,
-            Self::Div => a / b,
-            Self::Pow => power(a, b),
-            Self::Min => a.min(b),
-            Self::Max => a.max(b),
-            Self::PRelu => {
-                if a > T::ZERO {
-                    a
-                } else {
-                    a * b
-                }
-            }
-        }
-    }
-
-    /// Partial derivatives at (a, b); ties of Min and Max are shared in halves, as in PyTorch.
-    #[inline(always)]
-    fn slopes<T: Element>(self, a: T, b: T) -> [T; 2] {
-        let (zero, one, half) = (T::ZERO, T::ONE, T::of(0.5));
-        match self {
-            Self::Add => [one, one],
-            Self::Sub => [one, -one],
-            Self::Mul => [b, a],
-            Self::Div => [one / b, -(a / (b * b))],
-            Self::Pow => {
-                let db = if a > zero { power(a, b) * a.ln() } else { zero };
-                [if b == zero { zero } else { b * power(a, b - one) }, db]
-            }
-            Self::Min if a == b => [half, half],
-            Self::Min => {
-                if a < b {
-                    [one, zero]
-                } else {
-                    [zero, one]
-                }
-            }
-            Self::Max if a == b => [half, half],
-            Self::Max => {
-                if a > b {
-                    [one, zero]
-                } else {
-                    [zero, one]
-                }
-            }
-            Self::PRelu => {
-                if a > zero {
-                    [one, zero]
-                } else {
-                    [b, a]
-                }
-            }
-        }
-    }
-}
-
-/// Power, exact for the exponents that networks use.
-fn power<T: Element>(a: T, b: T) -> T {
-    if b == T::of(2.0) {
-        a * a
-    } else if b == T::ONE {
-        a
-    } else if b == T::of(0.5) {
-        a.sqrt()
-    } else if b == T::of(3.0) {
-        a * a * a
-    } else {
-        a.powf(b)
-    }
 }
 
 /// Visits (i, position in a, position in b) for all outputs, with loops the compiler can unroll for
@@ -212,8 +126,8 @@ impl<T: Element> Step<T> for BinaryStep {
     ) {
         if matches!(self.spreads[which], Spread::Same) {
             match (self.function, which) {
-                (Binary::Add, _) | (Binary::Sub, 0) => return target.put(|i| d_output[i]),
-                (Binary::Sub, _) => return target.put(|i| -d_output[i]),
+                (Binary::Add, _) | (Binary::Sub, 0) => return target.put_map(d_output, |g| g),
+                (Binary::Sub, _) => return target.put_map(d_output, |g| -g),
                 _ => {}
             }
         }
@@ -245,6 +159,14 @@ impl<T: Element> Step<T> for BinaryStep {
             }
         }
     }
+
+    fn differentiable(&self, _which: usize) -> Differentiable {
+        match self.function {
+            Binary::Quotient => Differentiable::No,
+            question if question.is_question() => Differentiable::Choice,
+            _ => Differentiable::Yes,
+        }
+    }
 }
 
 /// Emits `function` of `a` and `b`; integer constants stay exact integers.
@@ -259,18 +181,17 @@ pub(super) fn emit<T: Element>(
         && x.as_i64().is_some()
         && y.as_i64().is_some()
     {
-        let dtype = x.dtype;
-        return fold_integers(x, y, shape, dtype, |a, b| match function {
-            Binary::Add => a.checked_add(b),
-            Binary::Sub => a.checked_sub(b),
-            Binary::Mul => a.checked_mul(b),
-            Binary::Div => a.checked_div(b),
-            Binary::Pow => u32::try_from(b).ok().and_then(|b| a.checked_pow(b)),
-            Binary::Min => Some(a.min(b)),
-            Binary::Max => Some(a.max(b)),
-            Binary::PRelu => Some(if a > 0 { a } else { a * b }),
-        });
+        let dtype = if function.is_question() { DataType::Bool } else { x.dtype };
+        return fold_integers(x, y, shape, dtype, |a, b| function.integer(a, b));
     }
+    let dtype = match function {
+        question if question.is_question() => DataType::Bool,
+        _ => a.dtype(),
+    };
+    let function = match function {
+        Binary::Div if !dtype.is_float() => Binary::Quotient,
+        other => other,
+    };
     // A scalar constant beside a live value needs no second operand at run time.
     if let (Value::Live { .. }, Some(constant)) = (a, b.constant())
         && constant.data.len() == 1
@@ -288,7 +209,7 @@ pub(super) fn emit<T: Element>(
     }
     let spreads = [Spread::new(a.shape(), &shape), Spread::new(b.shape(), &shape)];
     let step = BinaryStep { function, spreads };
-    Ok(lower.emit(Box::new(step), &[a.clone(), b.clone()], shape))
+    Ok(lower.emit_as(dtype, Box::new(step), &[a.clone(), b.clone()], shape))
 }
 
 fn fold_integers(
@@ -303,7 +224,7 @@ fn fold_integers(
     let values: Vec<i64> = (0..shape.iter().product())
         .map(|i| {
             let (a, b) = (x[spreads[0].at(i)], y[spreads[1].at(i)]);
-            function(a, b).ok_or_else(|| {
+            function(a, b).map(|v| wrap(v, dtype)).ok_or_else(|| {
                 Error::input(format!("integer arithmetic on {a} and `{b}` has no result"))
             })
         })
@@ -316,14 +237,25 @@ pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
         "Add" | "Sub" | "Mul" | "Div" | "Pow" => two,
         "Sum" | "Mean" | "Max" | "Min" => many,
         "Equal" | "Greater" | "GreaterOrEqual" | "Less" | "LessOrEqual" | "And" | "Or" | "Xor"
-        | "Mod" => constant_only,
-        "Not" => not,
+        | "Mod" => two,
+        "BitwiseAnd" | "BitwiseOr" | "BitwiseXor" | "BitShift" => bits,
+        "BitwiseNot" => bitwise_not,
         _ => return None,
     })
 }
 
-fn binary_function(op: &str) -> Binary {
-    match op {
+fn binary_function(node: &Node) -> Result<Binary> {
+    Ok(match node.op_type.as_str() {
+        "Mod" if node.int("fmod", 0)? == 0 => Binary::Modulo,
+        "Mod" => Binary::Remainder,
+        "Equal" => Binary::Equal,
+        "Greater" => Binary::Greater,
+        "GreaterOrEqual" => Binary::GreaterOrEqual,
+        "Less" => Binary::Less,
+        "LessOrEqual" => Binary::LessOrEqual,
+        "And" => Binary::And,
+        "Or" => Binary::Or,
+        "Xor" => Binary::Xor,
         "Sub" => Binary::Sub,
         "Mul" => Binary::Mul,
         "Div" => Binary::Div,
@@ -331,7 +263,7 @@ fn binary_function(op: &str) -> Binary {
         "Max" => Binary::Max,
         "Min" => Binary::Min,
         _ => Binary::Add,
-    }
+    })
 }
 
 fn two<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
@@ -344,7 +276,7 @@ fn two<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
         shape.resize(a.rank() - axis, 1);
         b = lower.reshape(&b, shape)?;
     }
-    let y = emit(lower, binary_function(&node.op_type), &a, &b)?;
+    let y = emit(lower, binary_function(node)?, &a, &b)?;
     lower.set_output(node, 0, y);
     Ok(())
 }
@@ -353,7 +285,7 @@ fn many<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> 
     let mut total = lower.input(node, 0)?;
     for index in 1..node.inputs.len() {
         let next = lower.input(node, index)?;
-        total = emit(lower, binary_function(&node.op_type), &total, &next)?;
+        total = emit(lower, binary_function(node)?, &total, &next)?;
     }
     if node.op_type == "Mean" {
         let share = 1.0 / node.inputs.len() as f64;
@@ -376,66 +308,35 @@ pub(super) fn prelu<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) ->
     Ok(())
 }
 
-/// Comparisons, logic and Mod: they appear in shape chains, and have no gradient elsewhere.
-fn constant_only<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+/// Bit operations on constants: they appear in shape chains and in decoded indices.
+fn bits<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
     let constant = |lower: &Lower<'g, T>, index| {
         lower.constant_input(node, index)?.ok_or_else(|| Error::input("needs two inputs"))
     };
     let (a, b) = (constant(lower, 0)?, constant(lower, 1)?);
     let shape = broadcast_shape(&a.shape, &b.shape)?;
     let op = node.op_type.as_str();
-    let floor_mod = node.int("fmod", 0)? == 0;
-    if a.as_i64().is_some() && b.as_i64().is_some() {
-        let dtype = if op == "Mod" { a.dtype } else { DataType::Bool };
-        let y = fold_integers(&a, &b, shape, dtype, |a, b| {
-            Some(match op {
-                "Equal" => i64::from(a == b),
-                "Greater" => i64::from(a > b),
-                "GreaterOrEqual" => i64::from(a >= b),
-                "Less" => i64::from(a < b),
-                "LessOrEqual" => i64::from(a <= b),
-                "And" => i64::from(a != 0 && b != 0),
-                "Or" => i64::from(a != 0 || b != 0),
-                "Xor" => i64::from((a != 0) != (b != 0)),
-                _ if b == 0 => return None,
-                _ if floor_mod => {
-                    let r = a.checked_rem(b)?;
-                    if r != 0 && (r < 0) != (b < 0) { r + b } else { r }
-                }
-                _ => a.checked_rem(b)?,
-            })
-        })?;
-        lower.set_output(node, 0, y);
-        return Ok(());
-    }
-    let (x, y) = (a.to_f64(), b.to_f64());
-    let spreads = [Spread::new(&a.shape, &shape), Spread::new(&b.shape, &shape)];
-    let values: Vec<f64> = (0..shape.iter().product())
-        .map(|i| {
-            let (a, b) = (x[spreads[0].at(i)], y[spreads[1].at(i)]);
-            let truth = |t: bool| f64::from(u8::from(t));
-            match op {
-                "Equal" => truth(a == b),
-                "Greater" => truth(a > b),
-                "GreaterOrEqual" => truth(a >= b),
-                "Less" => truth(a < b),
-                "LessOrEqual" => truth(a <= b),
-                "Mod" => a % b,
-                _ => f64::NAN,
-            }
+    let left = node.text("direction", "LEFT")? == "LEFT";
+    let dtype = a.dtype;
+    let y = fold_integers(&a, &b, shape, dtype, |a, b| {
+        Some(match op {
+            "BitwiseAnd" => a & b,
+            "BitwiseOr" => a | b,
+            "BitwiseXor" => a ^ b,
+            _ if !(0..64).contains(&b) => 0,
+            _ if left => ((a as u64) << b) as i64,
+            _ => ((a as u64) >> b) as i64,
         })
-        .collect();
-    let dtype = if op == "Mod" { a.dtype } else { DataType::Bool };
-    let tensor = from_elements(shape, dtype, &values);
-    lower.set_output(node, 0, Value::Constant(Arc::new(tensor)));
+    })?;
+    lower.set_output(node, 0, y);
     Ok(())
 }
 
-fn not<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+fn bitwise_not<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
     let x = lower.constant_input(node, 0)?.ok_or_else(|| Error::input("needs an input"))?;
-    let values = x.to_f64().iter().map(|&v| i64::from(v == 0.0)).collect();
-    let data = ConstantData::I64(values);
-    let tensor = ConstantTensor { shape: x.shape.clone(), dtype: DataType::Bool, data };
+    let values = x.as_i64().ok_or_else(|| Error::input("needs integers"))?;
+    let data = ConstantData::I64(values.iter().map(|&v| wrap(!v, x.dtype)).collect());
+    let tensor = ConstantTensor { shape: x.shape.clone(), dtype: x.dtype, data };
     lower.set_output(node, 0, Value::Constant(Arc::new(tensor)));
     Ok(())
 }

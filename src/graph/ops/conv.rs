@@ -1,11 +1,15 @@
-//! Convolutions with constant weights: Conv (1-D as a one-row 2-D), with groups, strides, dilations,
-//! asymmetric pads and auto_pad.
+//! Convolutions with constant weights: Conv over one, two or more axes, with groups, strides,
+//! dilations, asymmetric pads and auto_pad. One axis is one row of two; more than two are a sum of
+//! two-axis convolutions over the taps of the leading axes, so that every case runs on one kernel.
 
 use std::sync::Arc;
 
 use super::Rule;
+use super::binary::{Binary, emit};
+use super::rearrange::{Source, rearrange};
+use super::window::{Slide, slides, two_axes};
 use crate::error::{Error, Result};
-use crate::graph::ir::Node;
+use crate::graph::ir::{ConstantTensor, Node};
 use crate::graph::plan::{
     Lower, Mode, Needs, Step, StepState, Target, Value, data_dependent, elements,
 };
@@ -51,71 +55,169 @@ impl<T: Element> Step<T> for Conv<T> {
     }
 }
 
-/// Sizes, strides and pads of a sliding window over two axes.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Window {
-    pub(super) kernel: [usize; 2],
-    pub(super) stride: [usize; 2],
-    pub(super) dilation: [usize; 2],
-    pub(super) pads: [usize; 4],
-}
-
-/// Reads `strides`, `dilations`, `pads` and `auto_pad` for a window of `kernel` over `input`; a
-/// one-axis window becomes one row of two.
+/// Checks weights [O, C/groups, ...] against an input [N, C, ...] and returns the groups.
 ///
 /// # Errors
-/// When an attribute has the wrong length or a value that makes no sense.
-pub(super) fn window(node: &Node, kernel: &[usize], input: &[usize]) -> Result<Window> {
-    let axes = kernel.len();
-    if axes == 0 || axes > 2 || input.len() != axes {
-        return Err(Error::unsupported(format!("slides a window over `{}` axes", input.len())));
+/// When they do not fit.
+fn checked_groups(node: &Node, x: &[usize], w: &[usize]) -> Result<usize> {
+    if x.len() != w.len() || x.len() < 3 {
+        return Err(Error::input(format!("input of shape {x:?} with weights `{w:?}`")));
     }
-    let list = |name: &str, default: usize, count: usize| -> Result<Vec<usize>> {
-        let Some(values) = node.ints(name)? else { return Ok(vec![default; count]) };
-        let good: Option<Vec<usize>> =
-            values.iter().map(|&v| usize::try_from(v).ok().filter(|&v| v < 1 << 20)).collect();
-        good.filter(|v| v.len() == count).ok_or_else(|| {
-            Error::input(format!("attribute `{name}` must be {count} sizes, got `{values:?}`"))
-        })
+    if let Some(kernel) = node.ints("kernel_shape")?
+        && kernel.iter().map(|&k| k as usize).ne(w[2..].iter().copied())
+    {
+        return Err(Error::input(format!("kernel_shape {kernel:?} differs from weights `{w:?}`")));
+    }
+    let groups = usize::try_from(node.int("group", 1)?).unwrap_or(0);
+    if groups == 0
+        || !w[0].is_multiple_of(groups)
+        || w[1] * groups != x[1]
+        || w.contains(&0)
+        || x.contains(&0)
+    {
+        return Err(Error::input(format!(
+            "weights {w:?} in {groups} groups do not fit an input of shape `{x:?}`"
+        )));
+    }
+    Ok(groups)
+}
+
+/// Emits the convolution that `node`'s attributes describe, of `x` [N, C, ...] with `weight`
+/// [O, C/groups, ...] and `bias` [O].
+///
+/// # Errors
+/// When sizes or attributes do not fit.
+pub(super) fn emit_conv<T: Element>(
+    lower: &mut Lower<'_, T>,
+    node: &Node,
+    x: &Value,
+    weight: &ConstantTensor,
+    bias: Option<&ConstantTensor>,
+) -> Result<Value> {
+    let (xs, ws) = (x.shape().to_vec(), &weight.shape);
+    let groups = checked_groups(node, &xs, ws)?;
+    let slides = slides(node, &ws[2..], &xs[2..])?;
+    for (slide, &size) in slides.iter().zip(&xs[2..]) {
+        if slide.output(size) == 0 {
+            let kernel = &ws[2..];
+            return Err(Error::input(format!("kernel {kernel:?} is larger than input `{xs:?}`")));
+        }
+    }
+    if let Some(bias) = bias
+        && bias.data.len() != ws[0]
+    {
+        return Err(Error::input(format!("bias of {} for `{}` channels", bias.data.len(), ws[0])));
+    }
+    let bias = bias.map(|bias| Arc::new(elements(bias)));
+    let weights = Weights { shape: ws.clone(), values: elements(weight) };
+    sliding(lower, x, weights, bias, &slides, groups)
+}
+
+/// Weights [O, C/groups, ...].
+struct Weights<T> {
+    shape: Vec<usize>,
+    values: Vec<T>,
+}
+
+/// The weights at `tap` of the first axis of a kernel [outer, inner, taps, ...].
+pub(super) fn at_tap<T: Copy>(shape: &[usize], values: &[T], tap: usize) -> Vec<T> {
+    let rest: usize = shape[3..].iter().product();
+    values
+        .chunks_exact(shape[2] * rest)
+        .flat_map(|row| &row[tap * rest..][..rest])
+        .copied()
+        .collect()
+}
+
+fn sliding<T: Element>(
+    lower: &mut Lower<'_, T>,
+    x: &Value,
+    weights: Weights<T>,
+    bias: Option<Arc<Vec<T>>>,
+    slides: &[Slide],
+    groups: usize,
+) -> Result<Value> {
+    let (xs, ws) = (x.shape().to_vec(), weights.shape);
+    let [first, rest @ ..] = slides else { return Err(Error::input("has no spatial axis")) };
+    if rest.len() < 2 {
+        let window = two_axes(slides)?;
+        let geometry = Conv2dGeometry {
+            batch: xs[0],
+            in_channels: xs[1],
+            input: plane(&xs[2..]),
+            out_channels: ws[0],
+            kernel: window.kernel,
+            stride: window.stride,
+            dilation: window.dilation,
+            pads: window.pads,
+            groups,
+        };
+        let mut shape = vec![xs[0], ws[0]];
+        shape.extend(slides.iter().zip(&xs[2..]).map(|(slide, &size)| slide.output(size)));
+        let step = Conv { geometry, weight: Arc::new(weights.values), bias };
+        return Ok(lower.emit(Box::new(step), std::slice::from_ref(x), shape));
+    }
+    let depth = first.output(xs[2]);
+    let mut total: Option<Value> = None;
+    for tap in 0..first.kernel {
+        let picked = planes_at(lower, x, first, tap, depth)?;
+        let mut shape = ws[..2].to_vec();
+        shape.extend_from_slice(&ws[3..]);
+        let part = Weights { shape, values: at_tap(&ws, &weights.values, tap) };
+        let bias = if tap == 0 { bias.clone() } else { None };
+        let y = sliding(lower, &picked, part, bias, rest, groups)?;
+        total = Some(match total {
+            None => y,
+            Some(sum) => emit(lower, Binary::Add, &sum, &y)?,
+        });
+    }
+    let y = total.ok_or_else(|| Error::input("empty kernel"))?;
+    depth_first(lower, &y, xs[0])
+}
+
+/// For each image and output position of the first spatial axis, the planes that kernel tap `tap`
+/// reads: [N, C, D, ...] to [N * depth, C, ...], zero outside.
+fn planes_at<T: Element>(
+    lower: &mut Lower<'_, T>,
+    x: &Value,
+    slide: &Slide,
+    tap: usize,
+    depth: usize,
+) -> Result<Value> {
+    let xs = x.shape().to_vec();
+    let [n, c, d] = [xs[0], xs[1], xs[2]];
+    let rest: usize = xs[3..].iter().product();
+    let reads = |o: usize| {
+        (o * slide.stride + tap * slide.dilation).checked_sub(slide.pads[0]).filter(|&i| i < d)
     };
-    let stride = list("strides", 1, axes)?;
-    let dilation = list("dilations", 1, axes)?;
-    let mut pads = list("pads", 0, 2 * axes)?;
-    if stride.contains(&0) || dilation.contains(&0) || kernel.contains(&0) {
-        return Err(Error::input("strides, dilations and kernel sizes must be positive"));
-    }
-    match node.text("auto_pad", "NOTSET")? {
-        "NOTSET" | "" => {}
-        "VALID" => pads.fill(0),
-        same @ ("SAME_UPPER" | "SAME_LOWER") => {
-            for axis in 0..axes {
-                let output = input[axis].div_ceil(stride[axis]);
-                let reach = dilation[axis] * (kernel[axis] - 1) + 1;
-                let total =
-                    ((output.max(1) - 1) * stride[axis] + reach).saturating_sub(input[axis]);
-                let small = total / 2;
-                let large = total - small;
-                let upper = same == "SAME_UPPER";
-                pads[axis] = if upper { small } else { large };
-                pads[axis + axes] = if upper { large } else { small };
+    let map = (0..n * depth * c * rest).map(|to| {
+        let (image, o) = (to / (depth * c * rest), to / (c * rest) % depth);
+        match reads(o) {
+            None => Source::Fill,
+            Some(i) => {
+                let (channel, inner) = (to / rest % c, to % rest);
+                Source::Element { input: 0, at: ((image * c + channel) * d + i) * rest + inner }
             }
         }
-        other => return Err(Error::unsupported(format!("auto_pad `{other}`"))),
-    }
-    Ok(match axes {
-        1 => Window {
-            kernel: [1, kernel[0]],
-            stride: [1, stride[0]],
-            dilation: [1, dilation[0]],
-            pads: [0, pads[0], 0, pads[1]],
-        },
-        _ => Window {
-            kernel: [kernel[0], kernel[1]],
-            stride: [stride[0], stride[1]],
-            dilation: [dilation[0], dilation[1]],
-            pads: [pads[0], pads[1], pads[2], pads[3]],
-        },
-    })
+    });
+    let mut shape = vec![n * depth, c];
+    shape.extend_from_slice(&xs[3..]);
+    rearrange(lower, std::slice::from_ref(x), shape, 0.0, map)
+}
+
+/// [N * D, C, ...] to [N, C, D, ...].
+pub(super) fn depth_first<T: Element>(
+    lower: &mut Lower<'_, T>,
+    x: &Value,
+    images: usize,
+) -> Result<Value> {
+    let xs = x.shape().to_vec();
+    let mut split = vec![images, xs[0] / images.max(1)];
+    split.extend_from_slice(&xs[1..]);
+    let x = lower.reshape(x, split)?;
+    let mut order: Vec<usize> = (0..x.rank()).collect();
+    order.swap(1, 2);
+    super::arrange::permute(lower, &x, &order)
 }
 
 /// Height and width of the spatial axes of an [N, C, ...] value; one axis becomes one row.
@@ -132,65 +234,7 @@ fn conv<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> 
     let weight = lower.input(node, 1)?;
     let Some(weight) = weight.constant().cloned() else { return Err(data_dependent(node, 1)) };
     let bias = lower.constant_input(node, 2)?;
-    let (xs, ws) = (x.shape().to_vec(), weight.shape.clone());
-    if xs.len() != ws.len() || !(3..=4).contains(&xs.len()) {
-        return Err(Error::unsupported(format!("input of shape {xs:?} with weights `{ws:?}`")));
-    }
-    if let Some(kernel) = node.ints("kernel_shape")?
-        && kernel.iter().map(|&k| k as usize).ne(ws[2..].iter().copied())
-    {
-        return Err(Error::input(format!("kernel_shape {kernel:?} differs from weights `{ws:?}`")));
-    }
-    let groups = usize::try_from(node.int("group", 1)?).unwrap_or(0);
-    if groups == 0
-        || !ws[0].is_multiple_of(groups)
-        || ws[1] * groups != xs[1]
-        || ws.contains(&0)
-        || xs.contains(&0)
-    {
-        return Err(Error::input(format!(
-            "weights {ws:?} in {groups} groups do not fit an input of shape `{xs:?}`"
-        )));
-    }
-    let window = window(node, &ws[2..], &xs[2..])?;
-    let geometry = Conv2dGeometry {
-        batch: xs[0],
-        in_channels: xs[1],
-        input: plane(&xs[2..]),
-        out_channels: ws[0],
-        kernel: window.kernel,
-        stride: window.stride,
-        dilation: window.dilation,
-        pads: window.pads,
-        groups,
-    };
-    let [height, width] = geometry.output();
-    if height == 0 || width == 0 {
-        return Err(Error::input(format!("kernel {:?} is larger than input `{xs:?}`", &ws[2..])));
-    }
-    if let Some(bias) = &bias
-        && bias.data.len() != ws[0]
-    {
-        return Err(Error::input(format!("bias of {} for `{}` channels", bias.data.len(), ws[0])));
-    }
-    let mut shape = vec![xs[0], ws[0], height, width];
-    if xs.len() == 3 {
-        shape.remove(2);
-    }
-    let step = Conv {
-        geometry,
-        weight: Arc::new(elements(&weight)),
-        bias: bias.map(|bias| Arc::new(elements(&bias))),
-    };
-    let y = lower.emit(Box::new(step), &[x], shape);
+    let y = emit_conv(lower, node, &x, &weight, bias.as_deref())?;
     lower.set_output(node, 0, y);
     Ok(())
-}
-
-/// Whether a value's leading axes are batch and channels with one or two spatial axes.
-pub(super) fn image_shape(x: &Value) -> Result<(usize, usize, Vec<usize>)> {
-    match x.shape() {
-        [n, c, spatial @ ..] if (1..=2).contains(&spatial.len()) => Ok((*n, *c, spatial.to_vec())),
-        other => Err(Error::unsupported(format!("needs [N, C, H, W], got shape `{other:?}`"))),
-    }
 }

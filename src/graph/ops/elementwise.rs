@@ -1,55 +1,18 @@
-//! Operators of one input, element by element: the activations and the plain functions. The gradient
-//! follows PyTorch where a function has a corner: ReLU has 0 at 0, LeakyReLU its slope, Clip 1 on both
-//! bounds, Abs 0.
+//! Operators of one input, element by element: the activations, the plain functions, and the questions
+//! (Not, IsNaN, IsInf).
 
 use rayon::prelude::*;
 
 use super::Rule;
+use super::binary::{Binary, emit};
+pub(super) use super::function::Function;
 use crate::error::{Error, Result};
-use crate::graph::ir::Node;
-use crate::graph::plan::{Differentiable, Lower, Mode, Needs, Step, StepState, Target, Value};
+use crate::graph::ir::{DataType, Node};
+use crate::graph::plan::{Differentiable, Lower, Needs, Step, StepState, Target, Value};
 use crate::tensor::kernels::Element;
-use crate::tensor::kernels::special::{erf, normal_density};
 
 /// Elements a parallel task takes.
 pub(super) const CHUNK: usize = 1 << 14;
-
-/// An element-wise function with up to two parameters.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum Function {
-    Relu,
-    LeakyRelu,
-    ThresholdedRelu,
-    Elu,
-    Celu,
-    Selu,
-    Sigmoid,
-    HardSigmoid,
-    HardSwish,
-    Swish,
-    Mish,
-    Gelu,
-    GeluTanh,
-    Softplus,
-    Softsign,
-    Tanh,
-    Erf,
-    Exp,
-    Log,
-    Sqrt,
-    Reciprocal,
-    Neg,
-    Abs,
-    Clip,
-    Sin,
-    Cos,
-    Square,
-    Scale,
-    Floor,
-    Ceil,
-    Round,
-    Sign,
-}
 
 /// One element-wise step.
 #[derive(Debug)]
@@ -57,213 +20,6 @@ pub(super) struct Elementwise<T> {
     pub(super) function: Function,
     pub(super) a: T,
     pub(super) b: T,
-}
-
-fn sigmoid<T: Element>(x: T) -> T {
-    T::ONE / (T::ONE + (-x).exp())
-}
-
-fn softplus<T: Element>(x: T) -> T {
-    x.max(T::ZERO) + (T::ONE + (-x.abs()).exp()).ln()
-}
-
-const GELU_C: f64 = 0.797_884_560_802_865_4; // sqrt(2 / pi)
-const GELU_K: f64 = 0.044_715;
-
-impl<T: Element> Elementwise<T> {
-    fn value(&self, x: T) -> T {
-        let (a, b, zero, one) = (self.a, self.b, T::ZERO, T::ONE);
-        match self.function {
-            Function::Relu => x.max(zero),
-            Function::LeakyRelu => {
-                if x > zero {
-                    x
-                } else {
-                    a * x
-                }
-            }
-            Function::ThresholdedRelu => {
-                if x > a {
-                    x
-                } else {
-                    zero
-                }
-            }
-            Function::Elu => {
-                if x > zero {
-                    x
-                } else {
-                    a * (x.exp() - one)
-                }
-            }
-            Function::Celu => x.max(zero) + (a * ((x / a).exp() - one)).min(zero),
-            Function::Selu => {
-                if x > zero {
-                    b * x
-                } else {
-                    b * a * (x.exp() - one)
-                }
-            }
-            Function::Sigmoid => sigmoid(x),
-            Function::HardSigmoid => (a * x + b).max(zero).min(one),
-            Function::HardSwish => x * (a * x + b).max(zero).min(one),
-            Function::Swish => x * sigmoid(a * x),
-            Function::Mish => x * softplus(x).tanh(),
-            Function::Gelu => {
-                T::of(0.5) * x * (one + erf(x * T::of(std::f64::consts::FRAC_1_SQRT_2)))
-            }
-            Function::GeluTanh => {
-                let inner = T::of(GELU_C) * (x + T::of(GELU_K) * x * x * x);
-                T::of(0.5) * x * (one + inner.tanh())
-            }
-            Function::Softplus => softplus(x),
-            Function::Softsign => x / (one + x.abs()),
-            Function::Tanh => x.tanh(),
-            Function::Erf => erf(x),
-            Function::Exp => x.exp(),
-            Function::Log => x.ln(),
-            Function::Sqrt => x.sqrt(),
-            Function::Reciprocal => one / x,
-            Function::Neg => -x,
-            Function::Abs => x.abs(),
-            Function::Clip => x.max(a).min(b),
-            Function::Sin => T::of(x.f64().sin()),
-            Function::Cos => T::of(x.f64().cos()),
-            Function::Square => x * x,
-            Function::Scale => a * x + b,
-            Function::Floor => x.floor(),
-            Function::Ceil => -(-x).floor(),
-            Function::Round => T::of(x.f64().round_ties_even()),
-            Function::Sign => {
-                if x > zero {
-                    one
-                } else if x < zero {
-                    -one
-                } else {
-                    zero
-                }
-            }
-        }
-    }
-
-    /// Derivative at input `x` with output `y`.
-    fn slope(&self, x: T, y: T) -> T {
-        let (a, b, zero, one) = (self.a, self.b, T::ZERO, T::ONE);
-        let half = T::of(0.5);
-        match self.function {
-            Function::Relu => {
-                if y > zero {
-                    one
-                } else {
-                    zero
-                }
-            }
-            Function::LeakyRelu => {
-                if x > zero {
-                    one
-                } else {
-                    a
-                }
-            }
-            Function::ThresholdedRelu => {
-                if x > a {
-                    one
-                } else {
-                    zero
-                }
-            }
-            Function::Elu => {
-                if x > zero {
-                    one
-                } else {
-                    y + a
-                }
-            }
-            Function::Celu => {
-                if x > zero {
-                    one
-                } else {
-                    (x / a).exp()
-                }
-            }
-            Function::Selu => {
-                if x > zero {
-                    b
-                } else {
-                    y + a * b
-                }
-            }
-            Function::Sigmoid => y * (one - y),
-            Function::HardSigmoid => {
-                if y > zero && y < one {
-                    a
-                } else {
-                    zero
-                }
-            }
-            Function::HardSwish => {
-                let gate = a * x + b;
-                if gate <= zero {
-                    zero
-                } else if gate >= one {
-                    one
-                } else {
-                    gate + a * x
-                }
-            }
-            Function::Swish => {
-                let s = sigmoid(a * x);
-                s + a * x * s * (one - s)
-            }
-            Function::Mish => {
-                let t = softplus(x).tanh();
-                t + x * (one - t * t) * sigmoid(x)
-            }
-            Function::Gelu => {
-                let r = x * T::of(std::f64::consts::FRAC_1_SQRT_2);
-                half * (one + erf(r)) + x * normal_density(x)
-            }
-            Function::GeluTanh => {
-                let cube = T::of(GELU_K) * x * x * x;
-                let t = (T::of(GELU_C) * (x + cube)).tanh();
-                let inner = T::of(GELU_C) * (one + T::of(3.0 * GELU_K) * x * x);
-                half * (one + t) + half * x * (one - t * t) * inner
-            }
-            Function::Softplus => sigmoid(x),
-            Function::Softsign => {
-                let d = one + x.abs();
-                one / (d * d)
-            }
-            Function::Tanh => one - y * y,
-            Function::Erf => T::of(std::f64::consts::FRAC_2_SQRT_PI) * (-(x * x)).exp(),
-            Function::Exp => y,
-            Function::Log => one / x,
-            Function::Sqrt => half / y,
-            Function::Reciprocal => -(y * y),
-            Function::Neg => -one,
-            Function::Abs => {
-                if x > zero {
-                    one
-                } else if x < zero {
-                    -one
-                } else {
-                    zero
-                }
-            }
-            Function::Clip => {
-                if x >= a && x <= b {
-                    one
-                } else {
-                    zero
-                }
-            }
-            Function::Sin => T::of(x.f64().cos()),
-            Function::Cos => -T::of(x.f64().sin()),
-            Function::Square => x + x,
-            Function::Scale => a,
-            Function::Floor | Function::Ceil | Function::Round | Function::Sign => zero,
-        }
-    }
 }
 
 impl<T: Element> Step<T> for Elementwise<T> {
@@ -283,7 +39,7 @@ impl<T: Element> Step<T> for Elementwise<T> {
                 }
                 _ => {
                     for (y, &x) in y.iter_mut().zip(x) {
-                        *y = self.value(x);
+                        *y = self.function.value(x, self.a, self.b);
                     }
                 }
             }
@@ -300,7 +56,7 @@ impl<T: Element> Step<T> for Elementwise<T> {
             | Function::Sqrt
             | Function::Reciprocal => Needs::OUTPUT,
             Function::Neg | Function::Scale => Needs::NOTHING,
-            Function::Elu | Function::Selu => {
+            Function::Elu | Function::Selu | Function::Root | Function::Tan => {
                 Needs { inputs: crate::graph::plan::Reads::Yes, ..Needs::OUTPUT }
             }
             _ => Needs::INPUTS,
@@ -323,22 +79,18 @@ impl<T: Element> Step<T> for Elementwise<T> {
             let dy = &d_output[start..end];
             if self.function == Function::Relu {
                 let y = &output[start..end];
-                match mode {
-                    Mode::Write => d.iter_mut().zip(dy).zip(y).for_each(|((d, &g), &y)| {
-                        *d = if y > T::ZERO { g } else { T::ZERO };
-                    }),
-                    Mode::Add => d.iter_mut().zip(dy).zip(y).for_each(|((d, &g), &y)| {
-                        *d += if y > T::ZERO { g } else { T::ZERO };
-                    }),
-                }
+                Target { data: d, mode }.put_zip(
+                    dy,
+                    y,
+                    |g, y| if y > T::ZERO { g } else { T::ZERO },
+                );
                 return;
             }
-            for i in 0..d.len() {
+            Target { data: d, mode }.put(|i| {
                 let x = x.get(start + i).copied().unwrap_or_default();
                 let y = output.get(start + i).copied().unwrap_or_default();
-                let slope = dy[i] * self.slope(x, y);
-                d[i] = if mode == Mode::Add { d[i] + slope } else { slope };
-            }
+                dy[i] * self.function.slope(x, y, self.a, self.b)
+            });
         };
         target.data.par_chunks_mut(CHUNK).enumerate().for_each(work);
     }
@@ -349,8 +101,13 @@ impl<T: Element> Step<T> for Elementwise<T> {
 
     fn differentiable(&self, _which: usize) -> Differentiable {
         match self.function {
-            Function::Floor | Function::Ceil | Function::Round | Function::Sign => {
-                Differentiable::No
+            Function::Floor
+            | Function::Ceil
+            | Function::Round
+            | Function::Sign
+            | Function::Truncate => Differentiable::No,
+            Function::Not | Function::Truth | Function::IsNan | Function::IsInf => {
+                Differentiable::Choice
             }
             _ => Differentiable::Yes,
         }
@@ -364,8 +121,19 @@ pub(super) fn apply<T: Element>(
     (a, b): (f64, f64),
     x: &Value,
 ) -> Value {
+    apply_as(lower, x.dtype(), function, (a, b), x)
+}
+
+/// As [`apply`], for a result of type `dtype`.
+pub(super) fn apply_as<T: Element>(
+    lower: &mut Lower<'_, T>,
+    dtype: DataType,
+    function: Function,
+    (a, b): (f64, f64),
+    x: &Value,
+) -> Value {
     let step = Elementwise { function, a: T::of(a), b: T::of(b) };
-    lower.emit(Box::new(step), std::slice::from_ref(x), x.shape().to_vec())
+    lower.emit_as(dtype, Box::new(step), std::slice::from_ref(x), x.shape().to_vec())
 }
 
 /// The function and parameters of a node.
@@ -401,6 +169,16 @@ fn function(node: &Node) -> Result<(Function, f64, f64)> {
         "Ceil" => (Function::Ceil, 0.0, 0.0),
         "Round" => (Function::Round, 0.0, 0.0),
         "Sign" => (Function::Sign, 0.0, 0.0),
+        "Tan" => (Function::Tan, 0.0, 0.0),
+        "Asin" => (Function::Asin, 0.0, 0.0),
+        "Acos" => (Function::Acos, 0.0, 0.0),
+        "Atan" => (Function::Atan, 0.0, 0.0),
+        "Sinh" => (Function::Sinh, 0.0, 0.0),
+        "Cosh" => (Function::Cosh, 0.0, 0.0),
+        "Asinh" => (Function::Asinh, 0.0, 0.0),
+        "Acosh" => (Function::Acosh, 0.0, 0.0),
+        "Atanh" => (Function::Atanh, 0.0, 0.0),
+        "Shrink" => (Function::Shrink, float("lambd", 0.5)?, float("bias", 0.0)?),
         other => return Err(Error::internal(format!("no element-wise function `{other}`"))),
     })
 }
@@ -409,6 +187,7 @@ pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
     match op {
         "Clip" => Some(clip),
         "PRelu" => Some(super::binary::prelu),
+        "Not" | "IsNaN" | "IsInf" => Some(question),
         _ if function(&Node::new(op, "", &[], &[])).is_ok() => Some(unary),
         _ => None,
     }
@@ -422,16 +201,41 @@ fn unary<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()>
     Ok(())
 }
 
+/// Operators that answer yes or no.
+fn question<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let x = lower.input(node, 0)?;
+    let (function, a, b) = match node.op_type.as_str() {
+        "Not" => (Function::Not, 0, 0),
+        "IsNaN" => (Function::IsNan, 0, 0),
+        _ => (Function::IsInf, node.int("detect_positive", 1)?, node.int("detect_negative", 1)?),
+    };
+    let y = apply_as(lower, DataType::Bool, function, (a as f64, b as f64), &x);
+    lower.set_output(node, 0, y);
+    Ok(())
+}
+
 fn clip<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
     let x = lower.input(node, 0)?;
-    let bound = |lower: &Lower<'_, T>, index, name, default| -> Result<f64> {
-        Ok(match lower.constant_input(node, index)? {
+    let bounds = [lower.optional(node, 1)?, lower.optional(node, 2)?];
+    if bounds.iter().flatten().any(|bound| bound.constant().is_none()) {
+        let mut y = x;
+        for (bound, function) in bounds.iter().zip([Binary::Max, Binary::Min]) {
+            if let Some(bound) = bound {
+                y = emit(lower, function, &y, bound)?;
+            }
+        }
+        lower.set_output(node, 0, y);
+        return Ok(());
+    }
+    let bound = |value: &Option<Value>, name, default: f64| -> Result<f64> {
+        Ok(match value.as_ref().and_then(Value::constant) {
             Some(value) => value.to_f64().first().copied().unwrap_or(default),
-            None => f64::from(node.float(name, default as f32)?),
+            None => node.float(name, default as f32).map(f64::from)?,
         })
     };
-    let low = bound(lower, 1, "min", f64::from(f32::MIN))?;
-    let high = bound(lower, 2, "max", f64::from(f32::MAX))?;
+    // Without a bound nothing is cut, infinities included.
+    let low = bound(&bounds[0], "min", f64::NEG_INFINITY)?;
+    let high = bound(&bounds[1], "max", f64::INFINITY)?;
     let y = apply(lower, Function::Clip, (low, high), &x);
     lower.set_output(node, 0, y);
     Ok(())

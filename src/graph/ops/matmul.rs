@@ -136,7 +136,7 @@ fn batches(from: &[usize], to: &[usize]) -> Vec<usize> {
 }
 
 /// Emits `a b` over the last two axes, batch axes broadcast; rank-1 operands as in NumPy.
-fn product<T: Element>(lower: &mut Lower<'_, T>, a: &Value, b: &Value) -> Result<Value> {
+pub(super) fn product<T: Element>(lower: &mut Lower<'_, T>, a: &Value, b: &Value) -> Result<Value> {
     let (a_vector, b_vector) = (a.rank() == 1, b.rank() == 1);
     if a.rank() == 0 || b.rank() == 0 {
         return Err(Error::input("matrix product of a scalar"));

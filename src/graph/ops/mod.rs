@@ -4,18 +4,29 @@
 //! steps; constants fold by themselves (see [`super::plan::Lower`]). To add an operator, add a line to
 //! its family's `rule`.
 
+mod arithmetic;
 mod arrange;
+mod attention;
 mod binary;
+mod control;
 mod conv;
+mod conv_transpose;
+mod einsum;
 mod elementwise;
+mod function;
 mod fusion;
+mod gather;
 mod matmul;
 mod normalize;
+mod order;
 mod pool;
 mod rearrange;
 mod reduce;
+mod scatter;
+mod select;
 mod shape;
 mod softmax;
+mod window;
 
 use std::collections::BTreeSet;
 
@@ -37,7 +48,11 @@ pub(crate) fn lookup<T: Element>(node: &Node) -> Option<Rule<T>> {
     let op = node.op_type.as_str();
     shape::rule(op)
         .or_else(|| arrange::rule(op))
+        .or_else(|| select::rule(op))
+        .or_else(|| gather::rule(op))
+        .or_else(|| scatter::rule(op))
         .or_else(|| conv::rule(op))
+        .or_else(|| conv_transpose::rule(op))
         .or_else(|| pool::rule(op))
         .or_else(|| normalize::rule(op))
         .or_else(|| elementwise::rule(op))
@@ -45,6 +60,10 @@ pub(crate) fn lookup<T: Element>(node: &Node) -> Option<Rule<T>> {
         .or_else(|| reduce::rule(op))
         .or_else(|| matmul::rule(op))
         .or_else(|| softmax::rule(op))
+        .or_else(|| order::rule(op))
+        .or_else(|| einsum::rule(op))
+        .or_else(|| attention::rule(op))
+        .or_else(|| control::rule(op))
 }
 
 /// "Conv", or "com.microsoft.FusedConv" outside the standard domain.

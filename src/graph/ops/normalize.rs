@@ -5,20 +5,27 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
+use super::attention::floats;
 use super::binary::{Binary, emit};
+use super::elementwise::{Function, apply};
+use super::reduce::{Reduction, norm, reduce_axes};
+use super::select::choose;
 use super::{Rule, axis_index};
 use crate::error::{Error, Result};
 use crate::graph::ir::Node;
 use crate::graph::plan::{
-    Absorbed, Lower, Mode, Needs, Step, StepState, TapReference, Target, Value, elements,
+    Absorbed, Lower, Needs, Step, StepState, TapReference, Target, Value, elements,
 };
 use crate::tensor::kernels::Element;
+use crate::tensor::kernels::map::{sum, sum_of, sum_zip};
 
 pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
     Some(match op {
         "BatchNormalization" => batch_normalization,
         "LayerNormalization" | "RMSNormalization" => layer_normalization,
         "InstanceNormalization" | "GroupNormalization" => group_normalization,
+        "LpNormalization" => lp_normalization,
+        "MeanVarianceNormalization" => mean_variance,
         "LRN" => local_response,
         _ => return None,
     })
@@ -49,19 +56,6 @@ pub(super) struct ChannelAffine<T> {
     pub(super) statistics: Statistics,
 }
 
-/// Sums with eight independent accumulators: fast (no dependency chain) and in a fixed order.
-fn sum_of<T: Element>(x: &[T], term: impl Fn(T) -> T) -> T {
-    let mut lanes = [T::ZERO; 8];
-    let chunks = x.chunks_exact(8);
-    let rest: T = chunks.remainder().iter().map(|&v| term(v)).sum();
-    for chunk in chunks {
-        for (lane, &v) in lanes.iter_mut().zip(chunk) {
-            *lane += term(v);
-        }
-    }
-    lanes.into_iter().sum::<T>() + rest
-}
-
 impl<T: Element> ChannelAffine<T> {
     /// Two passes: mean, then squared deviations; no cancellation.
     fn measure(&self, x: &[T], state: &mut StepState<T>) {
@@ -72,7 +66,7 @@ impl<T: Element> ChannelAffine<T> {
         let moments: Vec<(T, T)> = (0..channels)
             .into_par_iter()
             .map(|c| {
-                let mean = (0..images).map(|n| sum_of(plane(n, c), |v| v)).sum::<T>() / count;
+                let mean = (0..images).map(|n| sum(plane(n, c))).sum::<T>() / count;
                 let square = |v: T| (v - mean) * (v - mean);
                 let var = (0..images).map(|n| sum_of(plane(n, c), square)).sum::<T>() / count;
                 (mean, var)
@@ -160,25 +154,18 @@ impl<T: Element> Step<T> for ChannelAffine<T> {
                 let start = n * block + c * self.plane;
                 let dy = &d_output[start..start + self.plane];
                 let (a, b) = (self.a[c], self.b[c]);
+                let target = Target { data: d, mode };
                 if inputs[0].is_empty() {
-                    match mode {
-                        Mode::Write => d.iter_mut().zip(dy).for_each(|(d, &g)| *d = a * g),
-                        Mode::Add => d.iter_mut().zip(dy).for_each(|(d, &g)| *d += a * g),
-                    }
+                    target.put_map(dy, |g| a * g);
                     continue;
                 }
                 let x = &inputs[0][start..start + self.plane];
                 let (offset, factor) = through[c];
                 let relu = self.activation == Activation::Relu;
-                let gradient = |g: T, x: T| {
+                target.put_zip(dy, x, |g, x| {
                     let open = if relu && a * x + b <= T::ZERO { T::ZERO } else { a };
                     open * g + offset + factor * x
-                };
-                let terms = d.iter_mut().zip(dy).zip(x);
-                match mode {
-                    Mode::Write => terms.for_each(|((d, &g), &x)| *d = gradient(g, x)),
-                    Mode::Add => terms.for_each(|((d, &g), &x)| *d += gradient(g, x)),
-                }
+                });
             }
         });
     }
@@ -255,7 +242,7 @@ impl<T: Element> Step<T> for Standardize {
             .zip(&mut state.var);
         work.with_min_len(16).for_each(|((y, x), inverse)| {
             let mean = match self.centre {
-                Centre::Mean => sum_of(x, |v| v) / count,
+                Centre::Mean => sum(x) / count,
                 Centre::Zero => T::ZERO,
             };
             let var = sum_of(x, |v| (v - mean) * (v - mean)) / count;
@@ -286,17 +273,12 @@ impl<T: Element> Step<T> for Standardize {
             let (y, dy) = (&output[range.clone()], &d_output[range]);
             let inverse = state.var[row];
             let mean = match self.centre {
-                Centre::Mean => sum_of(dy, |v| v) / count,
+                Centre::Mean => sum(dy) / count,
                 Centre::Zero => T::ZERO,
             };
-            let along = dy.iter().zip(y).map(|(&g, &y)| g * y).sum::<T>() / count;
-            for ((d, &g), &y) in d.iter_mut().zip(dy).zip(y) {
-                let value = inverse * (g - mean - y * along);
-                match mode {
-                    Mode::Write => *d = value,
-                    Mode::Add => *d += value,
-                }
-            }
+            let along = sum_zip(dy, y, |g, y| g * y) / count;
+            let target = Target { data: d, mode };
+            target.put_zip(dy, y, |g, y| inverse * (g - mean - y * along));
         });
     }
 }
@@ -324,9 +306,56 @@ fn layer_normalization<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node)
     if let Some(bias) = lower.optional(node, 2)? {
         y = emit(lower, Binary::Add, &y, &bias)?;
     }
+    lower.set_output(node, 0, y);
     if node.outputs.iter().skip(1).any(|name| !name.is_empty()) {
-        return Err(Error::unsupported("its outputs of mean and deviation"));
+        let axes: Vec<usize> = (axis..x.rank()).collect();
+        let (mean, _, inverse) = moments(lower, &x, &axes, epsilon)?;
+        lower.set_output(node, 1, mean);
+        lower.set_output(node, 2, inverse);
     }
+    Ok(())
+}
+
+/// Emits mean, centred values and inverse standard deviation of `x` over `axes`, kept with size 1.
+fn moments<T: Element>(
+    lower: &mut Lower<'_, T>,
+    x: &Value,
+    axes: &[usize],
+    epsilon: f64,
+) -> Result<(Value, Value, Value)> {
+    let mean = reduce_axes(lower, Reduction::Mean, x, axes)?;
+    let centred = emit(lower, Binary::Sub, x, &mean)?;
+    let square = apply(lower, Function::Square, (0.0, 0.0), &centred);
+    let var = reduce_axes(lower, Reduction::Mean, &square, axes)?;
+    let var = apply(lower, Function::Scale, (1.0, epsilon), &var);
+    let deviation = apply(lower, Function::Sqrt, (0.0, 0.0), &var);
+    let inverse = apply(lower, Function::Reciprocal, (0.0, 0.0), &deviation);
+    Ok((mean, centred, inverse))
+}
+
+fn mean_variance<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let x = lower.input(node, 0)?;
+    let given = node.ints("axes")?.unwrap_or(&[0, 2, 3]);
+    let mut axes: Vec<usize> =
+        given.iter().map(|&axis| axis_index(axis, x.rank())).collect::<Result<_>>()?;
+    axes.sort_unstable();
+    // The guard of the operator's definition, against a variance of 0.
+    let (_, centred, inverse) = moments(lower, &x, &axes, 1e-9)?;
+    let y = emit(lower, Binary::Mul, &centred, &inverse)?;
+    lower.set_output(node, 0, y);
+    Ok(())
+}
+
+fn lp_normalization<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let x = lower.input(node, 0)?;
+    let axis = axis_index(node.int("axis", -1)?, x.rank())?;
+    let size = norm(lower, &x, node.int("p", 2)? as f64, &[axis])?;
+    // A row of zeros stays zero.
+    let zero = floats(Vec::new(), vec![0.0]);
+    let one = floats(Vec::new(), vec![1.0]);
+    let empty = emit(lower, Binary::Equal, &size, &zero)?;
+    let divisor = choose(lower, &empty, &one, &size)?;
+    let y = emit(lower, Binary::Div, &x, &divisor)?;
     lower.set_output(node, 0, y);
     Ok(())
 }

@@ -1,21 +1,25 @@
-//! Pooling: MaxPool, AveragePool, GlobalMaxPool, GlobalAveragePool, any kernel, stride, pads,
-//! dilation, ceil_mode and count_include_pad. A tie in a maximum gives its gradient to the first, as
-//! in PyTorch.
+//! Pooling: MaxPool, AveragePool, LpPool and their global forms over any number of axes, any kernel,
+//! stride, pads, dilation, ceil_mode and count_include_pad. A tie in a maximum gives its gradient to
+//! the first, as in PyTorch. Windows over more than two axes are pooled axis by axis: maxima, sums and
+//! means of rows are those of the whole window.
 
 use rayon::prelude::*;
 
 use super::Rule;
-use super::conv::{Window, image_shape, plane, window};
-use super::reduce::{Reduction, reduce_axes};
+use super::conv::plane;
+use super::elementwise::{Function, apply};
+use super::reduce::{Reduction, norm, reduce_axes};
+use super::window::{Slide, Window, sizes, slides, two_axes};
 use crate::error::{Error, Result};
-use crate::graph::ir::Node;
-use crate::graph::plan::{Lower, Needs, Step, StepState, Target};
+use crate::graph::ir::{DataType, Node};
+use crate::graph::plan::{Differentiable, Lower, Needs, Step, StepState, Target, Value};
 use crate::tensor::kernels::Element;
+use crate::tensor::kernels::blocks::first_max;
 
 pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
     Some(match op {
-        "MaxPool" | "AveragePool" => pool,
-        "GlobalAveragePool" | "GlobalMaxPool" => global,
+        "MaxPool" | "AveragePool" | "LpPool" => pool,
+        "GlobalAveragePool" | "GlobalMaxPool" | "GlobalLpPool" => global,
         _ => return None,
     })
 }
@@ -25,9 +29,10 @@ enum Kind {
     Max,
     AverageOfInside,
     AverageOfWindow,
+    Sum,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 struct Pool {
     kind: Kind,
     window: Window,
@@ -190,11 +195,11 @@ impl Pool {
             let rows = self.cover(0, oy);
             for ox in 0..self.output[1] {
                 let columns = self.cover(1, ox);
-                let count = if self.kind == Kind::AverageOfWindow {
-                    rows.padded * columns.padded
-                } else {
-                    (rows.end - rows.first).div_ceil(rows.step)
-                        * (columns.end - columns.first).div_ceil(columns.step)
+                let inside = |cover: Cover| (cover.end - cover.first).div_ceil(cover.step);
+                let count = match self.kind {
+                    Kind::AverageOfWindow => rows.padded * columns.padded,
+                    Kind::Sum => 1,
+                    _ => inside(rows) * inside(columns),
                 };
                 let share = T::ONE / T::of(count.max(1) as f64);
                 visit(oy * self.output[1] + ox, rows, columns, share);
@@ -212,74 +217,162 @@ fn halve<T: Element>(width: usize, output: [usize; 2], x: &[T], y: &mut [T], at:
         let pairs = upper.chunks_exact(2).zip(lower.chunks_exact(2));
         let outputs = y[row.clone()].iter_mut().zip(&mut at[row]);
         for (ox, ((y, at), (u, l))) in outputs.zip(pairs).enumerate() {
-            let column = 2 * ox;
-            let (mut best, mut position) = (u[0], top + column);
-            if u[1] > best {
-                (best, position) = (u[1], top + column + 1);
-            }
-            if l[0] > best {
-                (best, position) = (l[0], bottom + column);
-            }
-            if l[1] > best {
-                (best, position) = (l[1], bottom + column + 1);
-            }
+            let (best, corner) = first_max([u[0], u[1], l[0], l[1]]);
+            let (row, column) = (usize::from(corner / 2), usize::from(corner % 2));
             *y = best;
-            *at = position as u32;
+            *at = (top + row * width + 2 * ox + column) as u32;
         }
     }
 }
 
+/// The flat positions of the maxima, in the whole input.
+#[derive(Debug)]
+struct MaxPositions {
+    pool: Pool,
+    column_major: bool,
+}
+
+impl<T: Element> Step<T> for MaxPositions {
+    fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
+        let [height, width] = self.pool.input;
+        let out_plane = self.pool.output[0] * self.pool.output[1];
+        let (mut values, mut at) = (vec![T::ZERO; out_plane], vec![0; out_plane]);
+        let planes = inputs[0].chunks_exact(height * width).zip(output.chunks_exact_mut(out_plane));
+        for (plane, (x, y)) in planes.enumerate() {
+            self.pool.maxima(x, &mut values, &mut at);
+            for (y, &at) in y.iter_mut().zip(&at) {
+                let at = at as usize;
+                let inside = if self.column_major { at % width * height + at / width } else { at };
+                *y = T::of((plane * height * width + inside) as f64);
+            }
+        }
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::NOTHING
+    }
+
+    fn backward(
+        &self,
+        _which: usize,
+        _inputs: &[&[T]],
+        _output: &[T],
+        _d_output: &[T],
+        mut target: Target<'_, T>,
+        _state: &StepState<T>,
+    ) {
+        target.clear_if_fresh();
+    }
+
+    fn differentiable(&self, _which: usize) -> Differentiable {
+        Differentiable::Choice
+    }
+}
+
+/// The window's positions along one axis.
+///
+/// # Errors
+/// When it does not fit, or a pad is as long as the window.
+fn positions(slide: &Slide, size: usize, ceil: bool) -> Result<usize> {
+    let padded = size + slide.pads[0] + slide.pads[1];
+    let room = padded.checked_sub(slide.reach()).ok_or_else(|| {
+        Error::input(format!("a window of {} exceeds `{size}` elements", slide.reach()))
+    })?;
+    if slide.pads.iter().any(|&pad| pad >= slide.reach()) {
+        return Err(Error::input(format!("pads `{:?}` exceed the window", slide.pads)));
+    }
+    let count = if ceil { room.div_ceil(slide.stride) } else { room / slide.stride } + 1;
+    // A last window that starts in the right padding is dropped.
+    let beyond = ceil && (count - 1) * slide.stride >= size + slide.pads[0];
+    Ok(count - usize::from(beyond))
+}
+
+/// Emits pooling over the trailing `slides.len()` axes of `x` to `output` positions.
+fn pooled<T: Element>(
+    lower: &mut Lower<'_, T>,
+    x: &Value,
+    kind: Kind,
+    slides: &[Slide],
+    output: &[usize],
+) -> Result<Value> {
+    let lead = x.rank() - slides.len();
+    let spatial = x.shape()[lead..].to_vec();
+    if slides.len() <= 2 {
+        let pool = planar(kind, slides, &spatial, output)?;
+        let mut shape = x.shape()[..lead].to_vec();
+        shape.extend_from_slice(output);
+        return Ok(lower.emit(Box::new(pool), std::slice::from_ref(x), shape));
+    }
+    let y = pooled(lower, x, kind, &slides[1..], &output[1..])?;
+    let mut shape = y.shape().to_vec();
+    // The first axis is pooled over rows of all the others: a window one column wide.
+    let rest: usize = output[1..].iter().product();
+    let outer: usize = shape[..lead].iter().product();
+    let rows = lower.reshape(&y, vec![outer, spatial[0], rest])?;
+    let point = Slide { kernel: 1, stride: 1, dilation: 1, pads: [0, 0] };
+    let y = pooled(lower, &rows, kind, &[slides[0], point], &[output[0], rest])?;
+    shape[lead] = output[0];
+    lower.reshape(&y, shape)
+}
+
+fn planar(kind: Kind, slides: &[Slide], spatial: &[usize], output: &[usize]) -> Result<Pool> {
+    Ok(Pool { kind, window: two_axes(slides)?, input: plane(spatial), output: plane(output) })
+}
+
 fn pool<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
     let x = lower.input(node, 0)?;
-    let (n, c, spatial) = image_shape(&x)?;
-    let kernel: Vec<usize> = node
-        .ints("kernel_shape")?
-        .ok_or_else(|| Error::input("needs attribute `kernel_shape`"))?
-        .iter()
-        .map(|&k| k.clamp(0, 1 << 20) as usize)
-        .collect();
-    let window = window(node, &kernel, &spatial)?;
-    let input = plane(&spatial);
+    if x.rank() < 3 || x.is_empty() {
+        let shape = x.shape();
+        return Err(Error::input(format!("needs [N, C, ...], got shape `{shape:?}`")));
+    }
+    let spatial = x.shape()[2..].to_vec();
+    let kernel = sizes(node, "kernel_shape", 0, spatial.len())?;
+    let slides = slides(node, &kernel, &spatial)?;
     let ceil = node.int("ceil_mode", 0)? != 0;
-    let mut output = [0; 2];
-    for axis in 0..2 {
-        let Window { kernel, stride, dilation, pads } = window;
-        let reach = dilation[axis] * (kernel[axis] - 1) + 1;
-        let room =
-            (input[axis] + pads[axis] + pads[axis + 2]).checked_sub(reach).ok_or_else(|| {
-                Error::input(format!("window {kernel:?} exceeds input `{spatial:?}`"))
-            })?;
-        if pads[axis] >= reach || pads[axis + 2] >= reach {
-            return Err(Error::input(format!("pads `{pads:?}` exceed the window")));
-        }
-        output[axis] = if ceil { room.div_ceil(stride[axis]) } else { room / stride[axis] } + 1;
-        // A last window that starts in the right padding is dropped.
-        if ceil && (output[axis] - 1) * stride[axis] >= input[axis] + pads[axis] {
-            output[axis] -= 1;
-        }
-    }
-    if node.op_type == "MaxPool" && node.outputs.get(1).is_some_and(|name| !name.is_empty()) {
-        return Err(Error::unsupported("its second output, the positions of the maxima"));
-    }
+    let output: Vec<usize> = slides
+        .iter()
+        .zip(&spatial)
+        .map(|(slide, &size)| positions(slide, size, ceil))
+        .collect::<Result<_>>()?;
     let kind = match (node.op_type.as_str(), node.int("count_include_pad", 0)?) {
         ("MaxPool", _) => Kind::Max,
+        ("LpPool", _) => Kind::Sum,
         (_, 0) => Kind::AverageOfInside,
         _ => Kind::AverageOfWindow,
     };
-    let mut shape = vec![n, c, output[0], output[1]];
-    if spatial.len() == 1 {
-        shape.remove(2);
-    }
-    let y = lower.emit(Box::new(Pool { kind, window, input, output }), &[x], shape);
+    let y = if kind == Kind::Sum {
+        let p = node.int("p", 2)? as f64;
+        let size = apply(lower, Function::Abs, (0.0, 0.0), &x);
+        let powers = apply(lower, Function::Root, (p, 0.0), &size);
+        let sums = pooled(lower, &powers, kind, &slides, &output)?;
+        apply(lower, Function::Root, (1.0 / p, 0.0), &sums)
+    } else {
+        pooled(lower, &x, kind, &slides, &output)?
+    };
     lower.set_output(node, 0, y);
+    if node.op_type == "MaxPool" && node.outputs.get(1).is_some_and(|name| !name.is_empty()) {
+        if slides.len() > 2 {
+            return Err(Error::unsupported("its second output, over more than two axes"));
+        }
+        let column_major = node.int("storage_order", 0)? != 0;
+        let pool = planar(kind, &slides, &spatial, &output)?;
+        let mut shape = x.shape()[..2].to_vec();
+        shape.extend_from_slice(&output);
+        let step = MaxPositions { pool, column_major };
+        let y = lower.emit_as(DataType::Int64, Box::new(step), &[x], shape);
+        lower.set_output(node, 1, y);
+    }
     Ok(())
 }
 
 fn global<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
     let x = lower.input(node, 0)?;
     let axes: Vec<usize> = (2..x.rank()).collect();
-    let kind = if node.op_type == "GlobalMaxPool" { Reduction::Max } else { Reduction::Mean };
-    let y = reduce_axes(lower, kind, &x, &axes)?;
+    let y = match node.op_type.as_str() {
+        "GlobalMaxPool" => reduce_axes(lower, Reduction::Max, &x, &axes)?,
+        "GlobalLpPool" => norm(lower, &x, node.int("p", 2)? as f64, &axes)?,
+        _ => reduce_axes(lower, Reduction::Mean, &x, &axes)?,
+    };
     lower.set_output(node, 0, y);
     Ok(())
 }

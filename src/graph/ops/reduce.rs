@@ -8,7 +8,7 @@ use super::arrange::{permute, sorted_axes};
 use super::elementwise::{Function, apply};
 use crate::error::Result;
 use crate::graph::ir::Node;
-use crate::graph::plan::{Lower, Mode, Needs, Step, StepState, Target, Value};
+use crate::graph::plan::{Lower, Needs, Step, StepState, Target, Value};
 use crate::tensor::kernels::Element;
 
 /// How the elements of a group become one.
@@ -88,10 +88,7 @@ impl<T: Element> Step<T> for Reduce {
             let rows = target.data.chunks_exact_mut(block).zip(d_output.chunks_exact(self.inner));
             for (d, dy) in rows {
                 for d in d.chunks_exact_mut(self.inner) {
-                    match mode {
-                        Mode::Write => d.iter_mut().zip(dy).for_each(|(d, &g)| *d = g * share),
-                        Mode::Add => d.iter_mut().zip(dy).for_each(|(d, &g)| *d += g * share),
-                    }
+                    Target { data: d, mode }.put_map(dy, |g| g * share);
                 }
             }
             return;
@@ -153,6 +150,25 @@ pub(super) fn reduce_axes<T: Element>(
     Ok(lower.emit(Box::new(step), &[source], kept))
 }
 
+/// Emits the `p`-norm of `x` over `axes`, kept with size 1. The gradient of the norm of zeros is 0.
+pub(super) fn norm<T: Element>(
+    lower: &mut Lower<'_, T>,
+    x: &Value,
+    p: f64,
+    axes: &[usize],
+) -> Result<Value> {
+    let size = apply(lower, Function::Abs, (0.0, 0.0), x);
+    if p == 1.0 {
+        return reduce_axes(lower, Reduction::Sum, &size, axes);
+    }
+    let powers = match p {
+        2.0 => apply(lower, Function::Square, (0.0, 0.0), x),
+        _ => apply(lower, Function::Root, (p, 0.0), &size),
+    };
+    let sum = reduce_axes(lower, Reduction::Sum, &powers, axes)?;
+    Ok(apply(lower, Function::Root, (1.0 / p, 0.0), &sum))
+}
+
 pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
     match op {
         "ReduceSum" | "ReduceMean" | "ReduceMax" | "ReduceMin" | "ReduceProd" | "ReduceL1"
@@ -169,23 +185,24 @@ fn reduce<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()
         given => {
             let axes = given.unwrap_or_else(|| (0..x.rank()).collect());
             let none = (0.0, 0.0);
-            let (before, kind, after) = match node.op_type.as_str() {
-                "ReduceMean" => (None, Reduction::Mean, None),
-                "ReduceMax" => (None, Reduction::Max, None),
-                "ReduceMin" => (None, Reduction::Min, None),
-                "ReduceProd" => (None, Reduction::Product, None),
-                "ReduceL1" => (Some(Function::Abs), Reduction::Sum, None),
-                "ReduceL2" => (Some(Function::Square), Reduction::Sum, Some(Function::Sqrt)),
-                "ReduceLogSum" => (None, Reduction::Sum, Some(Function::Log)),
-                "ReduceLogSumExp" => (None, Reduction::LogSumExp, None),
-                "ReduceSumSquare" => (Some(Function::Square), Reduction::Sum, None),
-                _ => (None, Reduction::Sum, None),
+            let mut y = match node.op_type.as_str() {
+                "ReduceMean" => reduce_axes(lower, Reduction::Mean, &x, &axes)?,
+                "ReduceMax" => reduce_axes(lower, Reduction::Max, &x, &axes)?,
+                "ReduceMin" => reduce_axes(lower, Reduction::Min, &x, &axes)?,
+                "ReduceProd" => reduce_axes(lower, Reduction::Product, &x, &axes)?,
+                "ReduceL1" => norm(lower, &x, 1.0, &axes)?,
+                "ReduceL2" => norm(lower, &x, 2.0, &axes)?,
+                "ReduceLogSum" => {
+                    let sum = reduce_axes(lower, Reduction::Sum, &x, &axes)?;
+                    apply(lower, Function::Log, none, &sum)
+                }
+                "ReduceLogSumExp" => reduce_axes(lower, Reduction::LogSumExp, &x, &axes)?,
+                "ReduceSumSquare" => {
+                    let square = apply(lower, Function::Square, none, &x);
+                    reduce_axes(lower, Reduction::Sum, &square, &axes)?
+                }
+                _ => reduce_axes(lower, Reduction::Sum, &x, &axes)?,
             };
-            let x = before.map_or_else(|| x.clone(), |f| apply(lower, f, none, &x));
-            let mut y = reduce_axes(lower, kind, &x, &axes)?;
-            if let Some(f) = after {
-                y = apply(lower, f, none, &y);
-            }
             if node.int("keepdims", 1)? == 0 {
                 let kept = (0..y.rank()).filter(|axis| !axes.contains(axis));
                 let shape = kept.map(|axis| y.shape()[axis]).collect();

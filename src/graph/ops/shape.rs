@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use super::elementwise::{Function, apply_as};
 use super::{Rule, axis_index};
 use crate::error::{Error, Result};
 use crate::graph::ir::{Attribute, ConstantData, ConstantTensor, DataType, Node};
@@ -152,7 +153,7 @@ fn unsqueeze<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result
 }
 
 /// The type behind ONNX's number for it.
-fn data_type(code: i64) -> Result<DataType> {
+pub(super) fn data_type(code: i64) -> Result<DataType> {
     Ok(match code {
         1 => DataType::Float32,
         2 => DataType::Uint8,
@@ -190,8 +191,10 @@ pub(super) fn convert(tensor: &ConstantTensor, dtype: DataType) -> ConstantTenso
     ConstantTensor { shape: tensor.shape.clone(), dtype, data }
 }
 
-fn wrap(x: i64, dtype: DataType) -> i64 {
+/// The value an integer type keeps of `x`.
+pub(super) fn wrap(x: i64, dtype: DataType) -> i64 {
     match dtype {
+        DataType::Bool => i64::from(x != 0),
         DataType::Int8 => i64::from(x as i8),
         DataType::Int16 => i64::from(x as i16),
         DataType::Int32 => i64::from(x as i32),
@@ -210,13 +213,12 @@ fn cast_to<'g, T: Element>(
 ) -> Result<()> {
     let y = match x {
         Value::Constant(tensor) => constant_value(convert(tensor, dtype)),
-        Value::Live { id, shape, .. } if dtype.is_float() => {
-            Value::Live { id: *id, shape: shape.clone(), dtype }
-        }
-        Value::Live { .. } => {
-            return Err(Error::unsupported(format!(
-                "casts values that depend on the image to `{dtype:?}`, which has no gradient"
-            )));
+        live if dtype.is_float() => live.clone().of_type(dtype),
+        live if !live.dtype().is_float() && dtype != DataType::Bool => live.clone().of_type(dtype),
+        live => {
+            let bool = dtype == DataType::Bool;
+            let function = if bool { Function::Truth } else { Function::Truncate };
+            apply_as(lower, dtype, function, (0.0, 0.0), live)
         }
     };
     lower.set_output(node, 0, y);

@@ -6,8 +6,9 @@ use super::arrange::permute;
 use super::{Rule, axis_index};
 use crate::error::Result;
 use crate::graph::ir::Node;
-use crate::graph::plan::{Lower, Mode, Needs, Step, StepState, Target};
+use crate::graph::plan::{Lower, Needs, Step, StepState, Target, Value};
 use crate::tensor::kernels::Element;
+use crate::tensor::kernels::map::{sum, sum_zip};
 
 pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
     match op {
@@ -20,6 +21,8 @@ pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
 enum Kind {
     Softmax,
     LogSoftmax,
+    /// Softmax of scores some of which are minus infinity: a row of nothing else becomes zeros.
+    Masked,
 }
 
 /// Normalises each row of `row` values.
@@ -34,13 +37,17 @@ impl<T: Element> Step<T> for Softmax {
         let rows = output.par_chunks_mut(self.row).zip(inputs[0].par_chunks(self.row));
         rows.with_min_len(32).for_each(|(y, x)| {
             let top = x.iter().copied().fold(T::of(f64::NEG_INFINITY), T::max);
+            if self.kind == Kind::Masked && top.f64() == f64::NEG_INFINITY {
+                y.fill(T::ZERO);
+                return;
+            }
             let mut sum = T::ZERO;
             for (y, &x) in y.iter_mut().zip(x) {
                 *y = (x - top).exp();
                 sum += *y;
             }
             match self.kind {
-                Kind::Softmax => y.iter_mut().for_each(|y| *y /= sum),
+                Kind::Softmax | Kind::Masked => y.iter_mut().for_each(|y| *y /= sum),
                 Kind::LogSoftmax => {
                     let log = top + sum.ln();
                     y.iter_mut().zip(x).for_each(|(y, &x)| *y = x - log);
@@ -66,22 +73,26 @@ impl<T: Element> Step<T> for Softmax {
         target.data.par_chunks_mut(self.row).with_min_len(32).enumerate().for_each(|(row, d)| {
             let range = row * self.row..(row + 1) * self.row;
             let (y, dy) = (&output[range.clone()], &d_output[range]);
-            let dot: T = match self.kind {
-                Kind::Softmax => y.iter().zip(dy).map(|(&y, &g)| y * g).sum(),
-                Kind::LogSoftmax => dy.iter().copied().sum(),
-            };
-            for ((d, &g), &y) in d.iter_mut().zip(dy).zip(y) {
-                let value = match self.kind {
-                    Kind::Softmax => y * (g - dot),
-                    Kind::LogSoftmax => g - y.exp() * dot,
-                };
-                match mode {
-                    Mode::Write => *d = value,
-                    Mode::Add => *d += value,
+            let target = Target { data: d, mode };
+            match self.kind {
+                Kind::Softmax | Kind::Masked => {
+                    let dot = sum_zip(dy, y, |g, y| g * y);
+                    target.put_zip(dy, y, |g, y| y * (g - dot));
+                }
+                Kind::LogSoftmax => {
+                    let total = sum(dy);
+                    target.put_zip(dy, y, |g, y| g - y.exp() * total);
                 }
             }
         });
     }
+}
+
+/// Emits a softmax over the last axis in which a row of minus infinities becomes zeros.
+pub(super) fn masked_softmax<T: Element>(lower: &mut Lower<'_, T>, x: &Value) -> Value {
+    let row = x.shape().last().copied().unwrap_or(1).max(1);
+    let step = Softmax { kind: Kind::Masked, row };
+    lower.emit(Box::new(step), std::slice::from_ref(x), x.shape().to_vec())
 }
 
 fn softmax<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {

@@ -1,13 +1,14 @@
 //! Compiling a graph to a [`Plan`] for one input shape.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use super::Plan;
 use super::lower::{Lower, StepRecord, Value};
 use super::schedule::Schedule;
 use super::step::{Differentiable, Operand};
 use crate::error::{Error, Result, ResultExt};
-use crate::graph::ir::{DataType, Graph, Node};
+use crate::graph::ir::{ConstantTensor, DataType, Graph, Node};
 use crate::graph::ops;
 use crate::tensor::kernels::Element;
 
@@ -20,6 +21,34 @@ pub struct CompileOptions {
     pub input_shape: Vec<usize>,
     /// Name of the value to compute (usually the logits); any value of the graph will do.
     pub output: String,
+    /// Whether the plan must have a gradient.
+    pub gradient: Gradient,
+}
+
+/// Whether a plan that has no gradient is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gradient {
+    /// Refused.
+    Wanted,
+    /// Taken: only its forward will be run.
+    Unused,
+}
+
+/// The outputs of a graph all of whose inputs are constants, computed in `T`.
+///
+/// # Errors
+/// As [`Plan::compile`].
+pub fn evaluate<T: Element>(graph: &Graph) -> Result<Vec<Arc<ConstantTensor>>> {
+    let mut lower = Lower::<T>::new(graph);
+    for node in &graph.nodes {
+        lower.enter(node);
+        lower_node(&mut lower, node).context(|| node.describe())?;
+    }
+    let value = |name: &str| match lower.lookup(name) {
+        Some(Value::Constant(tensor)) => Ok(Arc::clone(tensor)),
+        _ => Err(Error::input(format!("the graph makes no value `{name}`"))),
+    };
+    graph.outputs.iter().map(|port| value(&port.name)).collect()
 }
 
 impl<T: Element> Plan<T> {
@@ -61,7 +90,9 @@ impl<T: Element> Plan<T> {
         }
         let Lower { mut steps, mut lengths, .. } = lower;
         ops::fuse(&mut steps, &mut lengths, output);
-        check_differentiable(&steps, lengths.len(), input)?;
+        if options.gradient == Gradient::Wanted {
+            check_differentiable(&steps, lengths.len(), [input, output])?;
+        }
         let schedule = Schedule::new(&steps, &lengths, input, output);
         let taps = (0..steps.len()).filter(|&i| steps[i].tap.is_some()).collect();
         let input_shape = options.input_shape.clone();
@@ -92,27 +123,52 @@ pub(crate) fn lower_node<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Nod
     rule(lower, node)
 }
 
+/// How a value depends on the images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Flow {
+    /// Not at all.
+    Nothing,
+    /// Through choices alone (a mask, an index).
+    Choice,
+    /// With a gradient.
+    Smooth,
+    /// Partly through the step of this number, which has none: what is made of it is silently wrong.
+    Broken(usize),
+}
+
 /// Refuses a plan in which the images reach the output only, or partly, through a step that has no
-/// gradient: the result would be silently wrong.
+/// gradient. A value that only chooses (a mask) may depend on the images in any way.
 fn check_differentiable<T: Element>(
     steps: &[StepRecord<T>],
     values: usize,
-    input: usize,
+    [input, output]: [usize; 2],
 ) -> Result<()> {
-    let mut depends = vec![false; values];
-    depends[input] = true;
-    for record in steps {
+    let mut flows = vec![Flow::Nothing; values];
+    flows[input] = Flow::Smooth;
+    for (index, record) in steps.iter().enumerate() {
         for (which, operand) in record.inputs.iter().enumerate() {
-            if !matches!(operand, Operand::Live(id) if depends[*id]) {
-                continue;
-            }
-            depends[record.output] = true;
-            if record.step.differentiable(which) == Differentiable::No {
-                return Err(Error::unsupported("no gradient flows through this operator")
-                    .context(format!("node `{}` ({})", record.name, record.op_type))
-                    .hint("set `access: black-box` in the model's sidecar"));
-            }
+            let Operand::Live(id) = operand else { continue };
+            let flow = match (record.step.differentiable(which), flows[*id]) {
+                (_, Flow::Nothing) => Flow::Nothing,
+                (Differentiable::Yes, flow) => flow,
+                (Differentiable::Choice, _) | (Differentiable::No, Flow::Choice) => Flow::Choice,
+                (Differentiable::No, _) => Flow::Broken(index),
+            };
+            flows[record.output] = flows[record.output].max(flow);
         }
     }
-    Ok(())
+    let refuse = |text: &str| {
+        Error::unsupported(text.to_owned()).hint("set `access: black-box` in the model's sidecar")
+    };
+    match flows[output] {
+        Flow::Smooth => Ok(()),
+        Flow::Broken(step) => {
+            let StepRecord { name, op_type, .. } = &steps[step];
+            Err(refuse("no gradient flows through this operator")
+                .context(format!("node `{name}` ({op_type})")))
+        }
+        Flow::Choice | Flow::Nothing => {
+            Err(refuse("the output depends on the image through comparisons and indices alone"))
+        }
+    }
 }

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::step::{Operand, Step, StepState};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, ResultExt};
 use crate::graph::ir::{ConstantData, ConstantTensor, DataType, Graph, Node};
 use crate::tensor::kernels::Element;
 
@@ -57,6 +57,15 @@ impl Value {
         match self {
             Self::Constant(tensor) => tensor.dtype,
             Self::Live { dtype, .. } => *dtype,
+        }
+    }
+
+    /// A live value under another type (its numbers stay); a constant is unchanged.
+    #[must_use]
+    pub fn of_type(self, dtype: DataType) -> Self {
+        match self {
+            Self::Live { id, shape, .. } => Self::Live { id, shape, dtype },
+            constant => constant,
         }
     }
 
@@ -137,6 +146,44 @@ impl<'g, T: Element> Lower<'g, T> {
         self.node = Some(node);
     }
 
+    /// Lowers the nodes of a sub-graph (`If`, `Loop`, `Scan`) in place, its inputs bound to `inputs`;
+    /// returns the values of its outputs. Names of the outer graph are visible inside; names bound
+    /// inside are forgotten afterwards.
+    ///
+    /// # Errors
+    /// When a node cannot be lowered, or an output is made by none.
+    pub fn inline(&mut self, graph: &'g Graph, inputs: Vec<Value>) -> Result<Vec<Value>> {
+        if graph.inputs.len() != inputs.len() {
+            let (wanted, given) = (graph.inputs.len(), inputs.len());
+            let text = format!("sub-graph `{}` takes {wanted} inputs, got {given}", graph.name);
+            return Err(Error::input(text));
+        }
+        let outside = self.values.clone();
+        let node = self.node;
+        for (name, tensor) in &graph.constants {
+            self.values.insert(name, Value::Constant(Arc::clone(tensor)));
+        }
+        for (port, value) in graph.inputs.iter().zip(inputs) {
+            self.values.insert(&port.name, value);
+        }
+        for inner in &graph.nodes {
+            self.node = Some(inner);
+            super::compile::lower_node(self, inner).context(|| inner.describe())?;
+        }
+        let result = graph
+            .outputs
+            .iter()
+            .map(|port| {
+                self.values.get(port.name.as_str()).cloned().ok_or_else(|| {
+                    Error::input(format!("the sub-graph makes no value `{}`", port.name))
+                })
+            })
+            .collect();
+        self.values = outside;
+        self.node = node;
+        result
+    }
+
     /// Binds output `index` of the current node.
     pub fn set_output(&mut self, node: &'g Node, index: usize, value: Value) {
         if let Some(name) = node.outputs.get(index).filter(|name| !name.is_empty()) {
@@ -215,6 +262,28 @@ impl<'g, T: Element> Lower<'g, T> {
         tap: Option<TapReference>,
     ) -> Value {
         let dtype = inputs.first().map_or(DataType::Float32, Value::dtype);
+        self.record(step, inputs, shape, dtype, tap)
+    }
+
+    /// As [`Lower::emit`], for a result of another type than input 0.
+    pub fn emit_as(
+        &mut self,
+        dtype: DataType,
+        step: Box<dyn Step<T>>,
+        inputs: &[Value],
+        shape: Vec<usize>,
+    ) -> Value {
+        self.record(step, inputs, shape, dtype, None)
+    }
+
+    fn record(
+        &mut self,
+        step: Box<dyn Step<T>>,
+        inputs: &[Value],
+        shape: Vec<usize>,
+        dtype: DataType,
+        tap: Option<TapReference>,
+    ) -> Value {
         if inputs.iter().all(|value| value.constant().is_some()) {
             let data: Vec<Vec<T>> =
                 inputs.iter().filter_map(Value::constant).map(|t| elements(t)).collect();

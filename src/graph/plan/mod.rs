@@ -10,7 +10,7 @@ mod lower;
 mod schedule;
 mod step;
 
-pub use compile::CompileOptions;
+pub use compile::{CompileOptions, Gradient, evaluate};
 
 pub use lower::{Lower, TapReference, Value, data_dependent, elements, from_elements};
 pub use step::{Absorbed, Differentiable, Mode, Needs, Operand, Reads, Step, StepState, Target};

@@ -35,10 +35,30 @@ pub struct Target<'a, T> {
 impl<T: Element> Target<'_, T> {
     /// Puts `value(i)` at each position.
     #[inline(always)]
-    pub fn put(&mut self, value: impl Fn(usize) -> T) {
+    pub fn put(self, value: impl Fn(usize) -> T) {
         match self.mode {
             Mode::Write => self.data.iter_mut().enumerate().for_each(|(i, d)| *d = value(i)),
             Mode::Add => self.data.iter_mut().enumerate().for_each(|(i, d)| *d += value(i)),
+        }
+    }
+
+    /// Puts `f(a)` for each element of `a`.
+    #[inline(always)]
+    pub fn put_map(self, a: &[T], f: impl Fn(T) -> T) {
+        let terms = self.data.iter_mut().zip(a);
+        match self.mode {
+            Mode::Write => terms.for_each(|(d, &a)| *d = f(a)),
+            Mode::Add => terms.for_each(|(d, &a)| *d += f(a)),
+        }
+    }
+
+    /// Puts `f(a, b)` for each pair.
+    #[inline(always)]
+    pub fn put_zip(self, a: &[T], b: &[T], f: impl Fn(T, T) -> T) {
+        let terms = self.data.iter_mut().zip(a).zip(b);
+        match self.mode {
+            Mode::Write => terms.for_each(|((d, &a), &b)| *d = f(a, b)),
+            Mode::Add => terms.for_each(|((d, &a), &b)| *d += f(a, b)),
         }
     }
 
@@ -144,6 +164,9 @@ pub enum Absorbed {
 pub enum Differentiable {
     /// It does.
     Yes,
-    /// The operation has no useful gradient there (comparison, rounding, arg-max).
+    /// The input only chooses (a condition, an index, a comparison): piecewise constant, and so
+    /// without a gradient in every framework, but the values chosen keep theirs.
+    Choice,
+    /// The operation rounds a value away: a network behind it would train on a gradient of zero.
     No,
 }

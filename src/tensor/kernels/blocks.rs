@@ -93,7 +93,7 @@ pub fn block_max<T: Element>(blocks: &Blocks, x: &[T], y: &mut [T], place: &mut 
 
 /// The largest of four and its index; the first of equals; a NaN wins.
 #[inline(always)]
-pub(super) fn first_max<T: Element>(values: [T; 4]) -> (T, u8) {
+pub(crate) fn first_max<T: Element>(values: [T; 4]) -> (T, u8) {
     let (mut best, mut at) = (values[0], 0);
     for (index, &value) in values.iter().enumerate().skip(1) {
         #[allow(clippy::eq_op)]

@@ -233,7 +233,7 @@ fn forward_images<T: Element>(
 }
 
 /// For output column `ox` and kernel column offset: the range of `ox` that reads inside the input.
-fn valid_columns(g: &Conv2dGeometry, kx: usize, width: usize) -> (usize, usize) {
+pub(super) fn valid_columns(g: &Conv2dGeometry, kx: usize, width: usize) -> (usize, usize) {
     let offset = kx * g.dilation[1];
     let low = g.pads[1].saturating_sub(offset).div_ceil(g.stride[1]).min(width);
     let limit = (g.input[1] + g.pads[1]).saturating_sub(offset);
@@ -242,7 +242,7 @@ fn valid_columns(g: &Conv2dGeometry, kx: usize, width: usize) -> (usize, usize) 
 }
 
 /// The input row that output row `oy` reads at kernel row `ky`, if inside.
-fn input_row(g: &Conv2dGeometry, oy: usize, ky: usize) -> Option<usize> {
+pub(super) fn input_row(g: &Conv2dGeometry, oy: usize, ky: usize) -> Option<usize> {
     (oy * g.stride[0] + ky * g.dilation[0]).checked_sub(g.pads[0]).filter(|&iy| iy < g.input[0])
 }
 

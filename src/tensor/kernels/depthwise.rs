@@ -2,7 +2,7 @@
 //! which the compiler vectorises; a matrix product of one row would not pay.
 
 use super::Element;
-use super::conv::Conv2dGeometry;
+use super::conv::{Conv2dGeometry, input_row, valid_columns};
 
 /// For each kernel tap and output row: calls `work(tap, input range start, output range)` with the
 /// row's offsets inside the input and output planes; the input step is `stride[1]`.
@@ -10,17 +10,13 @@ fn for_each_row(g: &Conv2dGeometry, mut work: impl FnMut(usize, usize, usize, us
     let [height, width] = g.output();
     for ky in 0..g.kernel[0] {
         for kx in 0..g.kernel[1] {
-            let offset = kx * g.dilation[1];
-            let low = g.pads[1].saturating_sub(offset).div_ceil(g.stride[1]).min(width);
-            let limit = (g.input[1] + g.pads[1]).saturating_sub(offset);
-            let high = if limit == 0 { 0 } else { ((limit - 1) / g.stride[1] + 1).min(width) };
-            if low >= high {
+            let (low, high) = valid_columns(g, kx, width);
+            if low == high {
                 continue;
             }
-            let start = low * g.stride[1] + offset - g.pads[1];
+            let start = low * g.stride[1] + kx * g.dilation[1] - g.pads[1];
             for oy in 0..height {
-                let iy = (oy * g.stride[0] + ky * g.dilation[0]).checked_sub(g.pads[0]);
-                let Some(iy) = iy.filter(|&iy| iy < g.input[0]) else { continue };
+                let Some(iy) = input_row(g, oy, ky) else { continue };
                 let tap = ky * g.kernel[1] + kx;
                 work(tap, iy * g.input[1] + start, oy * width + low, high - low);
             }

@@ -35,16 +35,21 @@ pub fn zip<T: Element>(a: &[T], b: &[T], y: &mut [T], f: impl Fn(T, T) -> T + Sy
 
 /// Sum of a slice in a fixed order (16 interleaved partial sums).
 pub fn sum<T: Element>(x: &[T]) -> T {
+    sum_of(x, |value| value)
+}
+
+/// Sum of `f(x)` over a slice in a fixed order.
+pub fn sum_of<T: Element>(x: &[T], f: impl Fn(T) -> T) -> T {
     let mut lanes = [T::ZERO; LANES];
     let chunks = x.chunks_exact(LANES);
     let rest = chunks.remainder();
     for chunk in chunks {
         for (lane, &value) in lanes.iter_mut().zip(chunk) {
-            *lane += value;
+            *lane += f(value);
         }
     }
     for (lane, &value) in lanes.iter_mut().zip(rest) {
-        *lane += value;
+        *lane += f(value);
     }
     fold(lanes)
 }
