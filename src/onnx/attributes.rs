@@ -11,7 +11,7 @@ use super::build::{Builder, Call, Parts};
 use super::order::{Captures, twice};
 use super::tensor::Decoded;
 use crate::error::{Error, Result, ResultExt as _};
-use crate::graph::{Attribute, ConstantTensor};
+use crate::graph::{Attribute, ConstantTensor, DataType};
 
 impl Builder<'_> {
     pub(super) fn attributes(
@@ -70,7 +70,8 @@ impl Builder<'_> {
             }
             Type::Graph => {
                 let graph = proto.g.take().ok_or_else(|| missing("g"))?;
-                let (graph, inner) = self.graph(graph, call.as_deref_mut())?;
+                let (graph, inner) =
+                    self.graph(graph, call.as_deref_mut(), Some(DataType::Float32))?;
                 captures = inner;
                 Attribute::Graph(Arc::new(graph))
             }

@@ -47,7 +47,7 @@ impl Builder<'_> {
     /// # Errors
     /// Everything a graph can get wrong; see the module documentation of `onnx`.
     pub(super) fn main(&mut self, proto: GraphProto) -> Result<Graph> {
-        let (graph, captures) = self.graph(proto, None)?;
+        let (graph, captures) = self.graph(proto, None, None)?;
         if let Some((name, reader)) = captures.first_key_value() {
             return Err(Error::input(format!("nothing makes the value that is read: `{name}`"))
                 .context(reader.clone())
@@ -60,6 +60,7 @@ impl Builder<'_> {
         &mut self,
         proto: GraphProto,
         mut call: Option<&mut Call>,
+        untyped: Option<DataType>,
     ) -> Result<(Graph, Captures)> {
         if let Some(sparse) = proto.sparse_initializer.first() {
             let name = sparse.values.as_ref().map_or("", |values| values.name.as_str());
@@ -103,7 +104,7 @@ impl Builder<'_> {
             ..Graph::default()
         };
         alias_identities(&mut graph);
-        graph.inputs = ports::settle(inputs, &known, &graph)?;
+        graph.inputs = ports::settle(inputs, &known, &graph, untyped)?;
         known.extend(graph.inputs.iter().map(|port| (port.name.clone(), port.dtype)));
         let defined: HashSet<&str> = (graph.nodes.iter().flat_map(|node| &node.outputs))
             .chain(graph.inputs.iter().map(|port| &port.name))
@@ -133,7 +134,7 @@ impl Builder<'_> {
                 known.extend(declared.dtype().map(|dtype| (declared.name.clone(), dtype)));
             }
         }
-        graph.outputs = ports::settle(outputs, &known, &graph)?;
+        graph.outputs = ports::settle(outputs, &known, &graph, untyped)?;
         Ok((graph, captures))
     }
 

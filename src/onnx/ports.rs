@@ -65,7 +65,8 @@ fn dimension(dim: &tensor_shape_proto::Dimension) -> Dimension {
     }
 }
 
-/// Fills in element types that the file leaves out; `outer` tells the types of outer values.
+/// Fills in element types that the file leaves out; `known` tells the types of outer values. What does
+/// not follow becomes `untyped` (sub-graphs, whose ports need no type).
 ///
 /// # Errors
 /// When a type is left out and does not follow from the nodes.
@@ -73,6 +74,7 @@ pub(super) fn settle(
     declared: Vec<Declared>,
     known: &HashMap<String, DataType>,
     graph: &Graph,
+    untyped: Option<DataType>,
 ) -> Result<Vec<Port>> {
     let mut producers = None;
     declared
@@ -82,7 +84,7 @@ pub(super) fn settle(
                 Some(dtype) => dtype,
                 None => {
                     let producers = producers.get_or_insert_with(|| producers_of(graph));
-                    infer(&port.name, known, producers, graph).ok_or_else(|| {
+                    infer(&port.name, known, producers, graph).or(untyped).ok_or_else(|| {
                         Error::unsupported("value without an element type")
                             .context(format!("value `{}`", port.name))
                             .hint("run `onnx.shape_inference.infer_shapes` on the model and save it again")

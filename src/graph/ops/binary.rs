@@ -269,7 +269,7 @@ fn binary_function(node: &Node) -> Result<Binary> {
 fn two<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
     let (a, mut b) = (lower.input(node, 0)?, lower.input(node, 1)?);
     // Opset 6 and before: explicit broadcast of b along `axis`.
-    if lower.opset < 7 && node.int("broadcast", 0)? != 0 {
+    if lower.opset < 7 && node.int("broadcast", 0)? != 0 && b.len() > 1 {
         let axis =
             super::axis_index(node.int("axis", a.rank() as i64 - b.rank() as i64)?, a.rank())?;
         let mut shape = b.shape().to_vec();

@@ -124,6 +124,11 @@ pub(super) fn apply<T: Element>(
     apply_as(lower, x.dtype(), function, (a, b), x)
 }
 
+/// Emits a copy of `x`.
+pub(crate) fn copy<T: Element>(lower: &mut Lower<'_, T>, x: &Value) -> Value {
+    apply(lower, Function::Scale, (1.0, 0.0), x)
+}
+
 /// As [`apply`], for a result of type `dtype`.
 pub(super) fn apply_as<T: Element>(
     lower: &mut Lower<'_, T>,

@@ -35,6 +35,7 @@ use super::plan::Lower;
 use crate::error::{Error, Result};
 use crate::tensor::kernels::Element;
 
+pub(crate) use elementwise::copy;
 pub(crate) use fusion::fuse;
 
 /// A lowering rule.

@@ -173,6 +173,11 @@ impl<T: Element> Step<T> for ChannelAffine<T> {
 
 fn batch_normalization<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
     let x = lower.input(node, 0)?;
+    if node.int("training_mode", 0)? != 0 {
+        return Err(
+            Error::unsupported("is in training mode").hint("export the model after `model.eval()`")
+        );
+    }
     let mut parameters = Vec::new();
     for index in 1..5 {
         let tensor = lower

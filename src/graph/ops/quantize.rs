@@ -42,8 +42,8 @@ pub(super) enum Scaling {
     Multiply,
 }
 
-/// Which scale and zero point belong to an element: each holds for `run` neighbours, and after `count`
-/// runs they start again.
+/// Which scale and zero point belong to an element: each holds for `run` neighbours, and after
+/// `count` runs they start again.
 #[derive(Debug, Clone, Copy)]
 struct Spread {
     run: usize,
@@ -84,12 +84,14 @@ impl Spread {
 /// The integer nearest to `v`, of two the even one; for sizes below 2^51.
 #[inline(always)]
 fn nearest(v: f64) -> f64 {
-    // A sum above 2^52 has no room for a fraction; unlike a call of `rint` this becomes vector code.
+    // A sum above 2^52 has no room for a fraction; unlike a call of `rint` this becomes vector
+    // code.
     const SHIFT: f64 = 6_755_399_441_055_744.0;
     (v + SHIFT) - SHIFT
 }
 
-/// `y = saturate(round(x scaled) + zero point)`; inputs: x, scale, and a zero point if there is one.
+/// `y = saturate(round(x scaled) + zero point)`; inputs: x, scale, and a zero point if there is
+/// one.
 #[derive(Debug)]
 struct Quantize {
     spread: Spread,
@@ -343,8 +345,8 @@ pub(super) fn quantize<T: Element>(
     Ok(lower.emit_as(dtype, Box::new(step), &inputs, x.shape().to_vec()))
 }
 
-/// Emits the numbers of type `dtype` that quantised `x` stands for. Scale and zero point broadcast to
-/// `x`.
+/// Emits the numbers of type `dtype` that quantised `x` stands for. Scale and zero point broadcast
+/// to `x`.
 ///
 /// # Errors
 /// When they do not.

@@ -1,18 +1,18 @@
 //! Convolutions and matrix products of quantised numbers. The numbers minus their zero points are
-//! multiplied and summed as they are, which is exact (in `f32` as long as the sums stay below 2^24), and
-//! the sums are requantised in one step. Between the operators of ONNX and those of ONNX Runtime's own
-//! domain only the scales differ.
+//! multiplied and summed as they are, which is exact (in `f32` as long as the sums stay below
+//! 2^24), and the sums are requantised in one step. Between the operators of ONNX and those of ONNX
+//! Runtime's own domain only the scales differ.
 
 use std::sync::Arc;
 
 use super::Rule;
 use super::arrange::permute;
 use super::binary::{Binary, emit};
-use super::contrib::{channels_first, channels_last};
 use super::conv::emit_conv;
 use super::elementwise::{Function, apply};
 use super::matmul::product;
 use super::quantize::{Scaling, along, dynamic, quantize};
+use super::quantized_contrib::{channels_first, channels_last};
 use super::shape::convert;
 use crate::error::{Error, Result};
 use crate::graph::ir::{ConstantTensor, DataType, Node};
@@ -64,8 +64,8 @@ fn centred<T: Element>(lower: &mut Lower<'_, T>, x: &Value, zero: Option<&Value>
     }
 }
 
-/// Constant weights [O, ...] at input `index` minus their zero points, one or one an output channel,
-/// at input `zero`.
+/// Constant weights [O, ...] at input `index` minus their zero points, one or one an output
+/// channel, at input `zero`.
 fn centred_weight<T: Element>(
     lower: &mut Lower<'_, T>,
     node: &Node,

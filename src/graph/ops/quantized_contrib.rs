@@ -1,16 +1,15 @@
 //! Operators on quantised numbers that ONNX Runtime's quantiser writes (domain com.microsoft): each
 //! computes with the numbers its inputs stand for, and quantises the result.
 
-use super::arrange::{emit_concat, permute};
+use super::arrange::{permute, side_by_side};
 use super::binary::{Binary, emit};
-use super::contrib::{channels_first, channels_last, image_rank};
 use super::elementwise::{Function, apply};
 use super::pool::emit_pool;
 use super::quantize::{Scaling, dequantize, quantize};
 use super::reduce::{Reduction, reduce_axes};
-use super::softmax::softmax_rows;
+use super::softmax::masked_softmax;
 use super::{Rule, axis_index};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::graph::ir::Node;
 use crate::graph::plan::{Lower, Value};
 use crate::tensor::kernels::Element;
@@ -24,8 +23,55 @@ pub(super) fn microsoft_rule<T: Element>(op: &str) -> Option<Rule<T>> {
         "QLinearAveragePool" => average_pool,
         "QLinearGlobalAveragePool" => global_average_pool,
         "QLinearConcat" => concat,
+        "NhwcMaxPool" => nhwc_max_pool,
         _ => return None,
     })
+}
+
+/// The number of axes of a value that has batch, channels and at least one more.
+///
+/// # Errors
+/// When it has fewer.
+pub(super) fn image_rank(x: &Value) -> Result<usize> {
+    match x.rank() {
+        rank @ 3.. => Ok(rank),
+        _ => Err(Error::input(format!("needs batch, channels and space, got `{:?}`", x.shape()))),
+    }
+}
+
+/// Emits [N, ..., C] as [N, C, ...].
+///
+/// # Errors
+/// Those of [`image_rank`].
+pub(super) fn channels_first<T: Element>(lower: &mut Lower<'_, T>, x: &Value) -> Result<Value> {
+    let rank = image_rank(x)?;
+    let order: Vec<usize> = [0, rank - 1].into_iter().chain(1..rank - 1).collect();
+    permute(lower, x, &order)
+}
+
+/// Emits [N, C, ...] as [N, ..., C].
+///
+/// # Errors
+/// Those of [`image_rank`].
+pub(super) fn channels_last<T: Element>(lower: &mut Lower<'_, T>, x: &Value) -> Result<Value> {
+    let rank = image_rank(x)?;
+    let order: Vec<usize> = std::iter::once(0).chain(2..rank).chain([1]).collect();
+    permute(lower, x, &order)
+}
+
+/// Emits a softmax over each row of `row` neighbours.
+///
+/// # Errors
+/// When `x` does not divide into such rows.
+pub(super) fn softmax_rows<T: Element>(
+    lower: &mut Lower<'_, T>,
+    x: &Value,
+    row: usize,
+) -> Result<Value> {
+    let row = row.max(1);
+    let rows = lower.reshape(x, vec![x.len() / row, row])?;
+    let y = masked_softmax(lower, &rows);
+    lower.reshape(&y, x.shape().to_vec())
 }
 
 /// Emits what the quantised input `index` stands for; its scale and zero point are the next two.
@@ -81,13 +127,13 @@ fn softmax<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<(
     let old = node.int("opset", 13)? < 13;
     let y = if old || axis + 1 >= rank {
         let row: usize = x.shape()[axis.min(rank)..].iter().product();
-        softmax_rows(lower, &x, row)
+        softmax_rows(lower, &x, row)?
     } else {
         let mut swap: Vec<usize> = (0..rank).collect();
         swap.swap(axis, rank - 1);
         let moved = permute(lower, &x, &swap)?;
         let row = x.shape()[axis];
-        let y = softmax_rows(lower, &moved, row);
+        let y = softmax_rows(lower, &moved, row)?;
         permute(lower, &y, &swap)?
     };
     finish(lower, node, &y, 3, 0)
@@ -120,6 +166,17 @@ fn concat<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()
     for index in (2..node.inputs.len()).step_by(3) {
         parts.push(real(lower, node, index)?);
     }
-    let y = emit_concat(lower, &parts, node.int("axis", 1)?)?;
+    let axis = axis_index(node.int("axis", 1)?, parts.first().map_or(0, Value::rank))?;
+    let y = side_by_side(lower, &parts, axis)?;
     finish(lower, node, &y, 0, 2)
+}
+
+/// Quantised numbers are as ordered as what they stand for.
+fn nhwc_max_pool<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let x = lower.input(node, 0)?;
+    let x = channels_first(lower, &x)?;
+    let y = emit_pool(lower, node, &x, "MaxPool")?;
+    let y = channels_last(lower, &y)?;
+    lower.set_output(node, 0, y);
+    Ok(())
 }

@@ -15,7 +15,8 @@ pub(super) const CONSTANT_LIMIT: usize = 1 << 28;
 
 pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
     Some(match op {
-        "Identity" | "Dropout" => identity,
+        "Identity" => identity,
+        "Dropout" => dropout,
         "Shape" => shape,
         "Size" => size,
         "Reshape" => reshape,
@@ -37,6 +38,24 @@ fn constant_value(tensor: ConstantTensor) -> Value {
 
 fn identity<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
     let x = lower.input(node, 0)?;
+    lower.set_output(node, 0, x);
+    Ok(())
+}
+
+/// At inference nothing is dropped: the mask is all true.
+fn dropout<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let training = lower.constant_input(node, 2)?;
+    if training.is_some_and(|tensor| tensor.to_f64().first().is_some_and(|&v| v != 0.0)) {
+        return Err(
+            Error::unsupported("is in training mode").hint("export the model after `model.eval()`")
+        );
+    }
+    let x = lower.input(node, 0)?;
+    if node.outputs.get(1).is_some_and(|name| !name.is_empty()) {
+        let data = ConstantData::I64(vec![1; x.len()]);
+        let mask = ConstantTensor { shape: x.shape().to_vec(), dtype: DataType::Bool, data };
+        lower.set_output(node, 1, constant_value(mask));
+    }
     lower.set_output(node, 0, x);
     Ok(())
 }

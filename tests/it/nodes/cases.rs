@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Read;
+use std::io::Read as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -21,13 +21,17 @@ pub(super) struct Case {
     pub(super) graph: Graph,
     pub(super) inputs: Vec<String>,
     pub(super) outputs: Vec<Arc<ConstantTensor>>,
-    /// Operators of the model, sub-graphs included; types that are no plain numbers as `type:NAME`.
-    pub(super) operators: Vec<String>,
 }
 
-/// All cases by name; a case that cannot be read has the reason. `None` (and a loud line) without
-/// the wheel.
-pub(super) fn read() -> Option<BTreeMap<String, Result<Case, String>>> {
+/// A case as read, and the operators of its model, sub-graphs included.
+pub(super) struct Read {
+    pub(super) operators: Vec<String>,
+    /// The reason why it cannot be read.
+    pub(super) case: Result<Case, String>,
+}
+
+/// All cases by name; `None` (and a loud line) without the wheel.
+pub(super) fn read() -> Option<BTreeMap<String, Read>> {
     let path = cache_dir().join(WHEEL);
     let Ok(file) = File::open(&path) else {
         eprintln!("SKIPPED: no {} (`cargo xtask test` fetches it)", path.display());
@@ -53,7 +57,13 @@ pub(super) fn read() -> Option<BTreeMap<String, Result<Case, String>>> {
         files.entry(format!("{suite}/{case}")).or_default().insert(rest.join("/"), bytes);
     }
     assert!(files.len() > 1500, "the wheel holds {} cases", files.len());
-    Some(files.into_iter().map(|(name, files)| (name, case(&files))).collect())
+    let read = |files: &BTreeMap<String, Vec<u8>>| {
+        let model = ModelProto::decode(files["model.onnx"].as_slice()).unwrap();
+        let mut found = Vec::new();
+        model.graph.iter().for_each(|graph| operators(graph, &mut found));
+        Read { operators: found, case: case(model, files) }
+    };
+    Some(files.iter().map(|(name, files)| (name.clone(), read(files))).collect())
 }
 
 fn tensors(files: &BTreeMap<String, Vec<u8>>, kind: &str) -> Result<Vec<TensorProto>, String> {
@@ -77,13 +87,9 @@ fn operators(graph: &GraphProto, found: &mut Vec<String>) {
     }
 }
 
-fn case(files: &BTreeMap<String, Vec<u8>>) -> Result<Case, String> {
-    let bytes = files.get("model.onnx").ok_or("has no model")?;
-    let mut model = ModelProto::decode(bytes.as_slice()).map_err(|error| error.to_string())?;
+fn case(mut model: ModelProto, files: &BTreeMap<String, Vec<u8>>) -> Result<Case, String> {
     let mut names = Vec::new();
-    let mut found = Vec::new();
     let graph = model.graph.as_mut().ok_or("has no graph")?;
-    operators(graph, &mut found);
     let inputs = tensors(files, "input");
     let outputs = tensors(files, "output");
     let (inputs, outputs) = match (inputs, outputs) {
@@ -107,5 +113,5 @@ fn case(files: &BTreeMap<String, Vec<u8>>) -> Result<Case, String> {
     let mut graph = loaded.graph;
     let outputs =
         (0..count).map(|index| graph.constants.remove(&expected(index)).unwrap()).collect();
-    Ok(Case { graph, inputs: names, outputs, operators: found })
+    Ok(Case { graph, inputs: names, outputs })
 }

@@ -65,7 +65,7 @@ const FAMILIES: [(&str, &[&str]); 9] = [
 
 /// Cases by their names: types and modes that the file format in use cannot hold or that only
 /// training has.
-const NAMES: [(&str, &[&str]); 3] = [
+const NAMES: [(&str, &[&str]); 5] = [
     (
         "numbers of 8, 6, 4 and 2 bits that are no integers of 8",
         &[
@@ -86,6 +86,14 @@ const NAMES: [(&str, &[&str]); 3] = [
         ],
     ),
     ("text", &["STRING", "_string", "strings"]),
+    (
+        "sequences, optionals and maps are no tensors",
+        &["sequence", "_seq", "optional", "test_identity_opt", "test_if_opt"],
+    ),
+    (
+        "language models: recurrent state, experimental attention",
+        &["linear_attention", "causal_conv_with_state", "flexattention", "flex_attention"],
+    ),
     ("training mode", &["training", "_train_", "dropout_random", "_default_ratio_mask_"]),
 ];
 
