@@ -20,8 +20,10 @@ use crate::tensor::{Images, RngStream};
 use crate::zoo::catalog::CatalogModel;
 use crate::zoo::{Access, BatchDimension, read};
 
-/// Images in the check, where the file leaves the batch free.
+/// Images in the check, where the file leaves the batch free: two small ones or a large one.
 const IMAGES: usize = 2;
+/// Side from which an image is large.
+const LARGE: usize = 64;
 
 /// What to inspect.
 #[derive(Debug, Clone)]
@@ -64,6 +66,8 @@ pub struct InspectResult {
     pub gradient_noise: Option<f64>,
     /// Milliseconds to read the file and compile it for one batch.
     pub compile_ms: Option<f64>,
+    /// Milliseconds ONNX Runtime takes to open the file.
+    pub runtime_open_ms: Option<f64>,
     /// Mebibytes of activations and gradients of one forward and backward pass.
     pub peak_mib: Option<f64>,
     /// The catalog's entry: spec, provenance, notes.
@@ -86,6 +90,7 @@ pub fn inspect(context: &Context, options: &InspectOptions) -> Result<InspectRes
         gradient_rel_err: None,
         gradient_noise: None,
         compile_ms: None,
+        runtime_open_ms: None,
         peak_mib: None,
         model,
     };
@@ -110,6 +115,7 @@ fn check(context: &Context, options: &InspectOptions, result: &mut InspectResult
     result.compile_ms = Some(begin.elapsed().as_secs_f64() * 1e3);
     let n = match spec.batch {
         BatchDimension::Fixed(n) => n,
+        BatchDimension::Free if spec.preprocess.input_size[1] > LARGE => 1,
         BatchDimension::Free => IMAGES,
     };
     let images = random_images(context.seed, n, &white)?;
@@ -131,7 +137,10 @@ fn check(context: &Context, options: &InspectOptions, result: &mut InspectResult
     };
     let classes = spec.classes;
     let runtime = Runtime::load(&options.runtime)?;
-    let reference = BlackTeacher::open(spec, runtime, asked)?.logits(&images)?;
+    let begin = Instant::now();
+    let black = BlackTeacher::open(spec, runtime, asked)?;
+    result.runtime_open_ms = Some(begin.elapsed().as_secs_f64() * 1e3);
+    let reference = black.logits(&images)?;
     result.output_rel_err =
         Some(relative_error(&log_softmax(&ours, classes), &log_softmax(&reference, classes)));
     Ok(())

@@ -150,15 +150,13 @@ fn choose_access(
         Some((scores, _)) => scores.clone(),
         None => resolved.spec.logits_output.clone(),
     };
-    if quantisation == Quantisation::None {
-        fit_open_size(resolved, graph, &scores);
-    }
-    let obstacle = if quantisation == Quantisation::None {
-        compile(graph, &resolved.spec, &scores).err()
-    } else {
+    let obstacle = if quantisation == Quantisation::Dynamic {
         Some(Error::unsupported(
-            "the model computes with quantised integers, which have no gradient",
+            "the model quantises over its whole batch, so one image's gradient is mixed with the others'",
         ))
+    } else {
+        fit_open_size(resolved, graph, &scores);
+        compile(graph, &resolved.spec, &scores).err()
     };
     let Some(obstacle) = obstacle else {
         if let Some((scores, kind)) = scores_behind {

@@ -43,7 +43,9 @@ fn main() -> ExitCode {
     let rest: Vec<String> = arguments.collect();
     let result = match task.as_str() {
         "run" => set_up().and_then(|()| run_main_job(&rest)),
-        "test" => set_up().and_then(|()| run_tests(&rest)),
+        "test" => set_up()
+            .and_then(|()| tools::fetch_node_tests().map_err(Failure::Message))
+            .and_then(|()| run_tests(&rest)),
         "check" => check(),
         "features" => features::check().map_err(Failure::Message),
         "schemas" => update_schemas(),

@@ -91,6 +91,59 @@ pub(crate) fn require_pip() -> Result<(), String> {
         .to_owned())
 }
 
+/// The release of the package `onnx` whose wheel carries the official operator tests (as files; later
+/// ones generate them), under the name `tests/it/nodes` looks for.
+const NODE_TESTS: &str = "1.22.0";
+
+/// Fetches the operator tests into metazoa's cache, unless they are there.
+pub(crate) fn fetch_node_tests() -> Result<(), String> {
+    let cache = cache()?;
+    let target = cache.join(format!("onnx-{NODE_TESTS}.whl"));
+    if target.is_file() {
+        return Ok(());
+    }
+    // Beside the target, so that the last step is a rename.
+    let scratch = cache.join("onnx-tests.part");
+    let problem = |error: std::io::Error| format!("cannot write `{}`: {error}", scratch.display());
+    std::fs::create_dir_all(&scratch).map_err(problem)?;
+    let fetched = Command::new("python3")
+        .args(["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"])
+        // Naming the platform makes the answer independent of the machine: only data is read.
+        .args(["--only-binary=:all:", "--implementation=cp", "--python-version=3.12"])
+        .args(["--abi=abi3", "--platform=manylinux_2_28_x86_64", "--dest"])
+        .arg(&scratch)
+        .arg(format!("onnx=={NODE_TESTS}"))
+        .stdin(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success());
+    let mut files = std::fs::read_dir(&scratch).map_err(problem)?.filter_map(Result::ok);
+    match files.find(|file| file.path().extension().is_some_and(|end| end == "whl")) {
+        Some(wheel) if fetched => std::fs::rename(wheel.path(), &target).map_err(problem)?,
+        _ => {
+            return Err(format!(
+                "pip could not download onnx {NODE_TESTS}, which holds the operator tests\n\
+                 hint: check the network and `pip config list`, or run `cargo test --workspace`, which skips them"
+            ));
+        }
+    }
+    // Nothing but the empty folder is left; that it stays would do no harm.
+    let _ = std::fs::remove_dir_all(&scratch);
+    Ok(())
+}
+
+/// Where metazoa keeps what it fetches.
+fn cache() -> Result<PathBuf, String> {
+    let from = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    let base = from("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| from("HOME").map(|home| Path::new(&home).join(".cache")));
+    match (from("METAZOA_ORT_DIR"), base) {
+        (Some(folder), _) => Ok(folder.into()),
+        (None, Some(base)) => Ok(base.join("metazoa")),
+        (None, None) => Err("HOME is not set\nhint: set METAZOA_ORT_DIR".to_owned()),
+    }
+}
+
 /// The first file called `name` in PATH.
 fn find_in_path(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;

@@ -70,6 +70,7 @@ fn table(result: &InspectResult) -> String {
         ("gradient error", figure(result.gradient_rel_err)),
         ("gradient noise", figure(result.gradient_noise)),
         ("compile", result.compile_ms.map(|v| format!("{v:.1} ms"))),
+        ("ONNX Runtime opens", result.runtime_open_ms.map(|v| format!("{v:.1} ms"))),
         ("memory", result.peak_mib.map(|v| format!("{v:.1} MiB"))),
     ] {
         if let Some(value) = value {

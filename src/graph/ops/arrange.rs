@@ -110,7 +110,7 @@ fn concat<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()
 }
 
 /// A rectangular part of `x` along `axis`.
-fn part<T: Element>(
+pub(super) fn part<T: Element>(
     lower: &mut Lower<'_, T>,
     x: &Value,
     axis: usize,

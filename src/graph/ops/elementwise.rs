@@ -142,7 +142,7 @@ pub(super) fn apply_as<T: Element>(
 }
 
 /// The function and parameters of a node.
-fn function(node: &Node) -> Result<(Function, f64, f64)> {
+pub(super) fn function(node: &Node) -> Result<(Function, f64, f64)> {
     let float = |name, default| node.float(name, default).map(f64::from);
     Ok(match node.op_type.as_str() {
         "Relu" => (Function::Relu, 0.0, 0.0),

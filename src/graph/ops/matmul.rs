@@ -182,7 +182,11 @@ fn matmul<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()
     Ok(())
 }
 
-fn gemm_rule<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+/// Emits `alpha a b + beta c` of `node`'s inputs, transposed as its flags say.
+///
+/// # Errors
+/// When the matrices do not fit.
+pub(super) fn emit_gemm<T: Element>(lower: &mut Lower<'_, T>, node: &Node) -> Result<Value> {
     let (a, b) = (lower.input(node, 0)?, lower.input(node, 1)?);
     let layout = |name| -> Result<Layout> {
         Ok(if node.int(name, 0)? != 0 { Layout::Transposed } else { Layout::Plain })
@@ -214,6 +218,11 @@ fn gemm_rule<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result
         let c = if beta == 1.0 { c } else { apply(lower, Function::Scale, (beta, 0.0), &c) };
         y = emit(lower, Binary::Add, &y, &c)?;
     }
+    Ok(y)
+}
+
+fn gemm_rule<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let y = emit_gemm(lower, node)?;
     lower.set_output(node, 0, y);
     Ok(())
 }

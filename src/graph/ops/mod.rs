@@ -8,9 +8,11 @@ mod arithmetic;
 mod arrange;
 mod attention;
 mod binary;
+mod contrib;
 mod control;
 mod conv;
 mod conv_transpose;
+mod deform;
 mod einsum;
 mod elementwise;
 mod function;
@@ -20,8 +22,14 @@ mod matmul;
 mod normalize;
 mod order;
 mod pool;
+mod quantize;
+mod quantized;
+mod quantized_contrib;
 mod rearrange;
 mod reduce;
+mod region;
+mod resize;
+mod sample;
 mod scatter;
 mod select;
 mod shape;
@@ -43,10 +51,18 @@ pub(crate) type Rule<T> = for<'g> fn(&mut Lower<'g, T>, &'g Node) -> Result<()>;
 
 /// The rule of a node's operator, if this engine has it.
 pub(crate) fn lookup<T: Element>(node: &Node) -> Option<Rule<T>> {
-    if !matches!(node.domain.as_str(), "" | "ai.onnx") {
-        return None;
-    }
     let op = node.op_type.as_str();
+    match node.domain.as_str() {
+        "" | "ai.onnx" => standard(op),
+        "com.microsoft" => quantize::microsoft_rule(op)
+            .or_else(|| quantized::microsoft_rule(op))
+            .or_else(|| quantized_contrib::microsoft_rule(op))
+            .or_else(|| contrib::microsoft_rule(op)),
+        _ => None,
+    }
+}
+
+fn standard<T: Element>(op: &str) -> Option<Rule<T>> {
     shape::rule(op)
         .or_else(|| arrange::rule(op))
         .or_else(|| select::rule(op))
@@ -65,6 +81,13 @@ pub(crate) fn lookup<T: Element>(node: &Node) -> Option<Rule<T>> {
         .or_else(|| einsum::rule(op))
         .or_else(|| attention::rule(op))
         .or_else(|| control::rule(op))
+        .or_else(|| resize::rule(op))
+        .or_else(|| sample::rule(op))
+        .or_else(|| region::rule(op))
+        .or_else(|| deform::rule(op))
+        .or_else(|| quantize::rule(op))
+        .or_else(|| quantized::rule(op))
+        .or_else(|| contrib::rule(op))
 }
 
 /// "Conv", or "com.microsoft.FusedConv" outside the standard domain.

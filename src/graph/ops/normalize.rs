@@ -222,7 +222,7 @@ fn batch_normalization<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node)
 
 /// Whether the group mean is subtracted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Centre {
+pub(super) enum Centre {
     Mean,
     Zero,
 }
@@ -289,7 +289,7 @@ impl<T: Element> Step<T> for Standardize {
 }
 
 /// Emits the standardisation of rows of `group` values.
-fn standardize<T: Element>(
+pub(super) fn standardize<T: Element>(
     lower: &mut Lower<'_, T>,
     x: &Value,
     group: usize,
@@ -322,7 +322,7 @@ fn layer_normalization<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node)
 }
 
 /// Emits mean, centred values and inverse standard deviation of `x` over `axes`, kept with size 1.
-fn moments<T: Element>(
+pub(super) fn moments<T: Element>(
     lower: &mut Lower<'_, T>,
     x: &Value,
     axes: &[usize],

@@ -319,43 +319,68 @@ fn planar(kind: Kind, slides: &[Slide], spatial: &[usize], output: &[usize]) -> 
     Ok(Pool { kind, window: two_axes(slides)?, input: plane(spatial), output: plane(output) })
 }
 
-fn pool<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
-    let x = lower.input(node, 0)?;
+/// Emits pooling `op` of `x` as `node`'s attributes say.
+///
+/// # Errors
+/// When the window does not fit.
+pub(super) fn emit_pool<T: Element>(
+    lower: &mut Lower<'_, T>,
+    node: &Node,
+    x: &Value,
+    op: &str,
+) -> Result<Value> {
+    let Windows { kind, slides, output } = windows(node, x, op)?;
+    if kind != Kind::Sum {
+        return pooled(lower, x, kind, &slides, &output);
+    }
+    let p = node.int("p", 2)? as f64;
+    let size = apply(lower, Function::Abs, (0.0, 0.0), x);
+    let powers = apply(lower, Function::Root, (p, 0.0), &size);
+    let sums = pooled(lower, &powers, kind, &slides, &output)?;
+    Ok(apply(lower, Function::Root, (1.0 / p, 0.0), &sums))
+}
+
+/// What a pooling operator slides over its input.
+struct Windows {
+    kind: Kind,
+    slides: Vec<Slide>,
+    output: Vec<usize>,
+}
+
+fn windows(node: &Node, x: &Value, op: &str) -> Result<Windows> {
     if x.rank() < 3 || x.is_empty() {
         let shape = x.shape();
         return Err(Error::input(format!("needs [N, C, ...], got shape `{shape:?}`")));
     }
-    let spatial = x.shape()[2..].to_vec();
+    let spatial = &x.shape()[2..];
     let kernel = sizes(node, "kernel_shape", 0, spatial.len())?;
-    let slides = slides(node, &kernel, &spatial)?;
+    let slides = slides(node, &kernel, spatial)?;
     let ceil = node.int("ceil_mode", 0)? != 0;
-    let output: Vec<usize> = slides
+    let output = slides
         .iter()
-        .zip(&spatial)
+        .zip(spatial)
         .map(|(slide, &size)| positions(slide, size, ceil))
         .collect::<Result<_>>()?;
-    let kind = match (node.op_type.as_str(), node.int("count_include_pad", 0)?) {
+    let kind = match (op, node.int("count_include_pad", 0)?) {
         ("MaxPool", _) => Kind::Max,
         ("LpPool", _) => Kind::Sum,
         (_, 0) => Kind::AverageOfInside,
         _ => Kind::AverageOfWindow,
     };
-    let y = if kind == Kind::Sum {
-        let p = node.int("p", 2)? as f64;
-        let size = apply(lower, Function::Abs, (0.0, 0.0), &x);
-        let powers = apply(lower, Function::Root, (p, 0.0), &size);
-        let sums = pooled(lower, &powers, kind, &slides, &output)?;
-        apply(lower, Function::Root, (1.0 / p, 0.0), &sums)
-    } else {
-        pooled(lower, &x, kind, &slides, &output)?
-    };
+    Ok(Windows { kind, slides, output })
+}
+
+fn pool<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
+    let x = lower.input(node, 0)?;
+    let y = emit_pool(lower, node, &x, &node.op_type)?;
     lower.set_output(node, 0, y);
     if node.op_type == "MaxPool" && node.outputs.get(1).is_some_and(|name| !name.is_empty()) {
+        let Windows { kind, slides, output } = windows(node, &x, "MaxPool")?;
         if slides.len() > 2 {
             return Err(Error::unsupported("its second output, over more than two axes"));
         }
         let column_major = node.int("storage_order", 0)? != 0;
-        let pool = planar(kind, &slides, &spatial, &output)?;
+        let pool = planar(kind, &slides, &x.shape()[2..], &output)?;
         let mut shape = x.shape()[..2].to_vec();
         shape.extend_from_slice(&output);
         let step = MaxPositions { pool, column_major };

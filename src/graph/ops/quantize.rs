@@ -13,7 +13,7 @@ use super::shape::data_type;
 use super::{Rule, axis_index, broadcast_shape};
 use crate::error::{Error, Result};
 use crate::graph::ir::{DataType, Node};
-use crate::graph::plan::{Differentiable, Lower, Needs, Step, StepState, Target, Value};
+use crate::graph::plan::{Differentiable, Lower, Needs, Rounding, Step, StepState, Target, Value};
 use crate::tensor::kernels::Element;
 
 pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
@@ -98,6 +98,7 @@ struct Quantize {
     scaling: Scaling,
     low: f64,
     high: f64,
+    rounding: Rounding,
 }
 
 impl Quantize {
@@ -113,15 +114,19 @@ impl Quantize {
     fn value<T: Element>(&self, x: T, scale: T, zero: T) -> T {
         let zero = zero.f64();
         let inside = self.scaled(x, scale).max(self.low - zero).min(self.high - zero);
-        T::of(nearest(inside) + zero)
+        match self.rounding {
+            Rounding::Nearest => T::of(nearest(inside) + zero),
+            Rounding::Smooth => T::of(inside + zero),
+        }
     }
 
     /// Derivatives to x and to the scale: the rounding counts as none.
     #[inline(always)]
     fn slopes<T: Element>(&self, x: T, scale: T, zero: T) -> [T; 2] {
         let (low, high) = (self.low - zero.f64(), self.high - zero.f64());
-        let rounded = nearest(self.scaled(x, scale).max(low - 1.0).min(high + 1.0));
-        if rounded < low || rounded > high {
+        let near = self.scaled(x, scale).max(low - 1.0).min(high + 1.0);
+        let reached = if self.rounding == Rounding::Nearest { nearest(near) } else { near };
+        if reached < low || reached > high {
             return [T::ZERO; 2];
         }
         match self.scaling {
@@ -341,7 +346,8 @@ pub(super) fn quantize<T: Element>(
         return Err(Error::unsupported(format!("quantises to type `{dtype:?}`")));
     };
     let (spread, inputs) = spread_over(lower, x, scale, zero)?;
-    let step = Quantize { spread, scaling, low: low as f64, high: high as f64 };
+    let rounding = lower.rounding;
+    let step = Quantize { spread, scaling, low: low as f64, high: high as f64, rounding };
     Ok(lower.emit_as(dtype, Box::new(step), &inputs, x.shape().to_vec()))
 }
 

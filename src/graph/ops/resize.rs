@@ -1,9 +1,9 @@
-//! Resize and Upsample. Every output position is a weighted sum of input positions, one axis after the
-//! other: each axis that changes is one sparse matrix, and the gradient is its transpose.
+//! Resize and Upsample. Every output position is a weighted sum of input positions, axis by axis: each
+//! axis that changes is one sparse matrix, and the gradient is its transpose.
 
 use rayon::prelude::*;
 
-use super::shape::CONSTANT_LIMIT;
+use super::sample::check_length;
 use super::{Rule, axis_index};
 use crate::error::{Error, Result};
 use crate::graph::ir::{Attribute, Node};
@@ -17,6 +17,9 @@ pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
     }
 }
 
+/// Positions that [`along`] may make of an axis.
+pub(super) const POSITIONS: usize = 1 << 24;
+
 /// Output elements a parallel task computes.
 const CHUNK: usize = 1 << 14;
 
@@ -26,9 +29,9 @@ type Taps = Vec<(usize, f64)>;
 /// A sparse matrix by rows: which columns each row sums, and with which weights.
 #[derive(Debug)]
 pub(super) struct Sparse<T> {
-    starts: Vec<usize>,
-    columns: Vec<u32>,
-    weights: Vec<T>,
+    pub(super) starts: Vec<usize>,
+    pub(super) columns: Vec<u32>,
+    pub(super) weights: Vec<T>,
 }
 
 impl<T: Element> Sparse<T> {
@@ -57,11 +60,6 @@ impl<T: Element> Sparse<T> {
         self.starts.push(self.columns.len());
     }
 
-    /// Number of entries.
-    pub(super) fn entries(&self) -> usize {
-        self.columns.len()
-    }
-
     /// The columns and weights of a row.
     #[inline(always)]
     pub(super) fn row(&self, row: usize) -> impl Iterator<Item = (usize, T)> {
@@ -70,25 +68,10 @@ impl<T: Element> Sparse<T> {
         self.columns[range].iter().map(|&column| column as usize).zip(weights)
     }
 
-    /// Entry `k` of a row.
-    pub(super) fn entry(&self, row: usize, k: usize) -> (usize, T) {
-        let at = self.starts[row] + k;
-        (self.columns[at] as usize, self.weights[at])
-    }
-
     /// The product with `x` at `row`.
     #[inline(always)]
     pub(super) fn dot(&self, row: usize, x: &[T]) -> T {
         self.row(row).map(|(column, weight)| weight * x[column]).sum()
-    }
-
-    /// Adds the product of the transpose with `dy` to `d`.
-    pub(super) fn scatter(&self, dy: &[T], d: &mut [T]) {
-        for (row, &g) in dy.iter().enumerate() {
-            for (column, weight) in self.row(row) {
-                d[column] += weight * g;
-            }
-        }
     }
 }
 
@@ -224,15 +207,16 @@ enum Filter {
     Cubic(f64),
 }
 
-/// Keys' cubic kernel of coefficient `a` at `distance`.
-pub(super) fn cubic(a: f64, distance: f64) -> f64 {
-    let t = distance.abs();
+/// Keys' cubic kernel of coefficient `a` at `distance`, and its slope.
+pub(super) fn cubic(a: f64, distance: f64) -> [f64; 2] {
+    let (t, sign) = (distance.abs(), distance.signum());
     if t <= 1.0 {
-        ((a + 2.0) * t - (a + 3.0)) * t * t + 1.0
+        let (three, two) = (a + 2.0, a + 3.0);
+        [(three * t - two) * t * t + 1.0, sign * (3.0 * three * t - 2.0 * two) * t]
     } else if t < 2.0 {
-        ((a * t - 5.0 * a) * t + 8.0 * a) * t - 4.0 * a
+        [a * (((t - 5.0) * t + 8.0) * t - 4.0), sign * a * ((3.0 * t - 10.0) * t + 8.0)]
     } else {
-        0.0
+        [0.0, 0.0]
     }
 }
 
@@ -253,7 +237,6 @@ impl Rounding {
 }
 
 /// An axis that is resized.
-#[derive(Debug)]
 struct Axis {
     input: usize,
     output: usize,
@@ -295,7 +278,6 @@ impl Axis {
 }
 
 /// The attributes of a node.
-#[derive(Debug)]
 struct Method {
     filter: Filter,
     coordinates: Coordinates,
@@ -364,7 +346,7 @@ impl Method {
         for at in (first..=end).map(|at| at as f64) {
             let distance = (at - position) * shrink;
             let weight = match self.filter {
-                Filter::Cubic(a) => cubic(a, distance),
+                Filter::Cubic(a) => cubic(a, distance)[0],
                 _ => (1.0 - distance.abs()).max(0.0),
             };
             if weight == 0.0 || (self.exclude_outside && !(0.0..=last).contains(&at)) {
@@ -402,49 +384,45 @@ fn extents<T: Element>(
     old: bool,
     input: &[usize],
 ) -> Result<Vec<(usize, f64, f64)>> {
-    let fits = |count: usize| match count == input.len() {
-        true => Ok(()),
-        false => Err(Error::input(format!("{count} scales or sizes for `{}` axes", input.len()))),
-    };
-    let sized = |size: usize, output: f64| match (1.0..=CONSTANT_LIMIT as f64).contains(&output) {
-        true => Ok(output as usize),
-        false => Err(Error::input(format!("cannot resize an axis of {size} to `{output}`"))),
-    };
-    if let Some(scales) = scales(lower, node, old)? {
-        fits(scales.len())?;
-        // In single precision, as the shapes stated in files are. The test data of ONNX align corners
-        // to the unrounded size.
-        let extent = |(&size, &scale): (&usize, &f32)| {
-            let extent = size as f64 * f64::from(scale);
-            Ok((sized(size, f64::from((size as f32 * scale).floor()))?, extent, extent))
-        };
-        return input.iter().zip(&scales).map(extent).collect();
-    }
-    let sizes = if old { None } else { lower.integers(node, 3)? };
-    let sizes = sizes.ok_or_else(|| Error::input("needs scales or sizes"))?;
-    fits(sizes.len())?;
-    let policy = node.text("keep_aspect_ratio_policy", "stretch")?;
-    let pairs = input.iter().zip(&sizes).map(|(&size, &output)| (size as f64, output as f64));
-    let (from, to) = match policy {
-        "stretch" => {
-            let extent = |(size, output): (f64, f64)| {
-                Ok((sized(size as usize, output)?, output, output))
-            };
-            return pairs.map(extent).collect();
+    let scales = scales(lower, node, old)?;
+    let sizes = if old || scales.is_some() { None } else { lower.integers(node, 3)? };
+    let mut ratios: Vec<[f64; 2]> = match (&scales, sizes) {
+        (Some(scales), _) => scales.iter().map(|&scale| [f64::from(scale), 1.0]).collect(),
+        (None, Some(sizes)) => {
+            let input = input.iter().chain(std::iter::repeat(&1));
+            sizes.iter().zip(input).map(|(&to, &from)| [to as f64, from as f64]).collect()
         }
-        "not_larger" | "not_smaller" => pairs.reduce(|a, b| {
-            let smaller = b.1 * a.0 < a.1 * b.0;
-            if smaller == (policy == "not_larger") { b } else { a }
-        }),
-        other => return Err(Error::unsupported(format!("keep_aspect_ratio_policy `{other}`"))),
-    }
-    .unwrap_or((1.0, 1.0));
-    let extent = |&size: &usize| {
-        let extent = size as f64 * to / from;
-        let output = (extent + 0.5).floor();
-        Ok((sized(size, output)?, extent, output))
+        (None, None) => return Err(Error::input("needs scales or sizes")),
     };
-    input.iter().map(extent).collect()
+    let policy = node.text("keep_aspect_ratio_policy", "stretch")?;
+    if !matches!(policy, "stretch" | "not_larger" | "not_smaller") {
+        return Err(Error::unsupported(format!("keep_aspect_ratio_policy `{policy}`")));
+    }
+    if scales.is_none() && policy != "stretch" {
+        let chosen = ratios.iter().copied().reduce(|a, b| {
+            let smaller = b[0] * a[1] < a[0] * b[1];
+            if smaller == (policy == "not_larger") { b } else { a }
+        });
+        ratios.fill(chosen.unwrap_or([1.0, 1.0]));
+    }
+    if ratios.len() != input.len() {
+        let (given, axes) = (ratios.len(), input.len());
+        return Err(Error::input(format!("{given} scales or sizes for `{axes}` axes")));
+    }
+    let extent = |(&size, [to, from]): (&usize, &[f64; 2])| {
+        let extent = size as f64 * to / from;
+        // In single precision, as shapes stated in files are. The test data of ONNX align corners to
+        // the size before rounding.
+        let (output, length) = match scales {
+            Some(_) => (f64::from((size as f32 * *to as f32).floor()), extent),
+            None => ((extent + 0.5).floor(), (extent + 0.5).floor()),
+        };
+        match (1.0..=POSITIONS as f64).contains(&output) {
+            true => Ok((output as usize, extent, length)),
+            false => Err(Error::input(format!("cannot resize an axis of {size} to `{output}`"))),
+        }
+    };
+    input.iter().zip(&ratios).map(extent).collect()
 }
 
 fn resize<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
@@ -484,9 +462,7 @@ fn resize<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()
             resized.push((axis, plan));
         }
     }
-    if shape.iter().fold(1usize, |a, &b| a.saturating_mul(b)) > CONSTANT_LIMIT {
-        return Err(Error::input(format!("resizes to a tensor of shape `{shape:?}`")));
-    }
+    check_length(&shape)?;
     // Axes that shrink first leave less to do for those that grow.
     let growth = |axis: &Axis| axis.output as f64 / axis.input as f64;
     resized.sort_by(|a, b| growth(&a.1).total_cmp(&growth(&b.1)));
@@ -499,8 +475,9 @@ fn resize<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()
     Ok(())
 }
 
-/// Emits the step that makes `axis` of `x` from `rows`.
-fn along<T: Element>(
+/// Emits the step that makes each position of `axis` of `x` from the positions and weights in `rows`,
+/// or as `outside` where there are none.
+pub(super) fn along<T: Element>(
     lower: &mut Lower<'_, T>,
     x: &Value,
     axis: usize,
@@ -552,15 +529,9 @@ mod tests {
 
     #[test]
     fn halving_with_a_widened_triangle_reads_four_pixels() {
-        // Positions 0.5 and 2.5; weights 3/8 at distance 1/2, 1/8 at 3/2, the edge taking what is outside.
+        // Weights 3/8 at distance 1/2 and 1/8 at 3/2; the edge takes those of what is outside.
         let (y, d) = resized(Filter::Linear, &[0.0, 8.0, 16.0, 24.0], 2);
         assert_eq!(y, [5.0, 19.0]);
         assert_eq!(d, [0.5, 0.5, 0.5, 0.5]);
-    }
-
-    #[test]
-    fn nearest_rounds_half_way_down() {
-        let (y, _) = resized(Filter::Nearest(Rounding::PreferFloor), &[1.0, 2.0, 3.0, 4.0], 2);
-        assert_eq!(y, [1.0, 3.0]);
     }
 }

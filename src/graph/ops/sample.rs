@@ -1,5 +1,5 @@
-//! Reading images between their pixels: GridSample, AffineGrid (which makes such a grid), RoiAlign and
-//! MaxRoiPool. Places are computed in double precision; of equal maxima the first counts.
+//! Reading images between their pixels: GridSample, and AffineGrid, which makes such a grid. The step
+//! is also that of pooled regions (RoiAlign, MaxRoiPool). Places are computed in double precision.
 
 use std::sync::Arc;
 
@@ -7,20 +7,18 @@ use rayon::prelude::*;
 
 use super::arrange::permute;
 use super::rearrange::indices;
-use super::resize::{Sparse, along, cubic};
+use super::resize::{POSITIONS, Sparse, along, cubic};
 use super::shape::CONSTANT_LIMIT;
 use super::{Rule, strides};
 use crate::error::{Error, Result};
 use crate::graph::ir::Node;
-use crate::graph::plan::{Differentiable, Lower, Needs, Step, StepState, Target, Value, elements};
+use crate::graph::plan::{Differentiable, Lower, Needs, Step, StepState, Target, elements};
 use crate::tensor::kernels::Element;
 
 pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
     Some(match op {
         "GridSample" => grid_sample,
         "AffineGrid" => affine_grid,
-        "RoiAlign" => roi_align,
-        "MaxRoiPool" => max_roi_pool,
         _ => return None,
     })
 }
@@ -31,14 +29,11 @@ const CUBIC: f64 = -0.75;
 /// Points of a grid whose gradients one task computes.
 const POINTS: usize = 64;
 
-/// Spatial axes that a grid may have.
-const AXES: usize = 8;
+/// Spatial axes that a sampled image may have.
+pub(super) const AXES: usize = 8;
 
-/// Pixels that the regions of a node may read.
-const READS: f64 = (1 << 26) as f64;
-
-/// The position of the maximum of nothing.
-const NOTHING: u32 = u32::MAX;
+/// The position of what is not there.
+pub(super) const NOTHING: u32 = u32::MAX;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Interpolation {
@@ -67,7 +62,7 @@ struct Taps {
 
 /// How the points of a grid, in -1 to 1, read an image.
 #[derive(Debug)]
-struct Grid {
+pub(super) struct Grid {
     interpolation: Interpolation,
     padding: Padding,
     /// Whether -1 and 1 are the centres of the first and last pixel, not their outer edges.
@@ -86,19 +81,6 @@ fn reflect(p: f64, low: f64, high: f64) -> (f64, f64) {
     let turns = ((p - low) / span).floor();
     let rest = p - low - turns * span;
     if turns % 2.0 == 0.0 { (low + rest, 1.0) } else { (high - rest, -1.0) }
-}
-
-/// Slope of [`cubic`] at `distance`.
-fn cubic_slope(a: f64, distance: f64) -> f64 {
-    let t = distance.abs();
-    let slope = if t <= 1.0 {
-        (3.0 * (a + 2.0) * t - 2.0 * (a + 3.0)) * t
-    } else if t < 2.0 {
-        (3.0 * a * t - 10.0 * a) * t + 8.0 * a
-    } else {
-        0.0
-    };
-    slope * distance.signum()
 }
 
 /// Visits each pixel that `taps` combine, with the product of their weights; along axis `sloped` with
@@ -182,15 +164,15 @@ impl Grid {
             }
             Interpolation::Cubic => {
                 for k in [-1.0, 0.0, 1.0, 2.0] {
-                    let distance = share - k;
-                    push(floor + k, cubic(CUBIC, distance), slope * cubic_slope(CUBIC, distance));
+                    let [weight, steepness] = cubic(CUBIC, share - k);
+                    push(floor + k, weight, slope * steepness);
                 }
             }
         }
         taps
     }
 
-    /// The taps of each spatial axis at one point of a grid, whose coordinates begin with the last axis.
+    /// The taps of each spatial axis at one point of a grid, whose first coordinate is the last axis's.
     fn taps_at<T: Element>(&self, point: &[T], taps: &mut Vec<Taps>) {
         let coordinates = point.iter().rev();
         taps.clear();
@@ -258,8 +240,9 @@ impl Grid {
 /// The image that an output image reads, and the pixels of each output position.
 type Table<T> = (usize, Arc<Sparse<T>>);
 
+/// The table of each output image.
 #[derive(Debug)]
-enum Tables<T> {
+pub(super) enum Tables<T> {
     Fixed(Vec<Table<T>>),
     /// Made from input 1.
     Of(Grid),
@@ -267,19 +250,36 @@ enum Tables<T> {
 
 /// How the pixels of an output position become one value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Pooling {
+pub(super) enum Pooling {
     Sum,
     Max,
 }
 
 /// Each position of an output plane pools weighted pixels of one plane of [N, C, ...].
 #[derive(Debug)]
-struct Sampled<T> {
-    pooling: Pooling,
-    tables: Tables<T>,
-    channels: usize,
-    plane: usize,
-    points: usize,
+pub(super) struct Sampled<T> {
+    pub(super) pooling: Pooling,
+    pub(super) tables: Tables<T>,
+    pub(super) channels: usize,
+    pub(super) plane: usize,
+    pub(super) points: usize,
+}
+
+impl<T: Element> Sparse<T> {
+    /// Entry `k` of a row.
+    fn entry(&self, row: usize, k: usize) -> (usize, T) {
+        let at = self.starts[row] + k;
+        (self.columns[at] as usize, self.weights[at])
+    }
+
+    /// Adds the product of the transpose with `dy` to `d`.
+    fn scatter(&self, dy: &[T], d: &mut [T]) {
+        for (row, &g) in dy.iter().enumerate() {
+            for (column, weight) in self.row(row) {
+                d[column] += weight * g;
+            }
+        }
+    }
 }
 
 impl<T: Element> Sampled<T> {
@@ -293,22 +293,29 @@ impl<T: Element> Sampled<T> {
 
 impl<T: Element> Step<T> for Sampled<T> {
     fn forward(&self, inputs: &[&[T]], output: &mut [T], state: &mut StepState<T>) {
-        state.indices.resize(output.len(), NOTHING);
-        if output.is_empty() {
+        let length = output.len();
+        if length == 0 {
             return;
         }
-        let planes = output.par_chunks_mut(self.points);
-        let planes = planes.zip(state.indices.par_chunks_mut(self.points)).enumerate();
         self.with_tables(inputs, |tables| {
-            planes.for_each(|(i, (y, best))| {
+            let source = |i: usize| {
                 let (image, table) = &tables[i / self.channels];
                 let plane = image * self.channels + i % self.channels;
-                let x = &inputs[0][plane * self.plane..][..self.plane];
+                (table, &inputs[0][plane * self.plane..][..self.plane])
+            };
+            let planes = output.par_chunks_mut(self.points);
+            if self.pooling == Pooling::Sum {
+                planes.enumerate().for_each(|(i, y)| {
+                    let (table, x) = source(i);
+                    y.iter_mut().enumerate().for_each(|(point, y)| *y = table.dot(point, x));
+                });
+                return;
+            }
+            state.indices.resize(length, NOTHING);
+            let planes = planes.zip(state.indices.par_chunks_mut(self.points));
+            planes.enumerate().for_each(|(i, (y, best))| {
+                let (table, x) = source(i);
                 for (point, (y, best)) in y.iter_mut().zip(best).enumerate() {
-                    if self.pooling == Pooling::Sum {
-                        *y = table.dot(point, x);
-                        continue;
-                    }
                     (*y, *best) = (T::ZERO, NOTHING);
                     for (k, (at, weight)) in table.row(point).enumerate() {
                         let value = weight * x[at];
@@ -409,7 +416,13 @@ fn grid_sample<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Resu
     let mut shape = xs[..2].to_vec();
     shape.extend_from_slice(&gs[1..=axes]);
     check_length(&shape)?;
-    let (plane, points) = (xs[2..].iter().product(), gs[1..=axes].iter().product());
+    let (plane, points): (usize, usize) = (xs[2..].iter().product(), gs[1..=axes].iter().product());
+    let each: usize = match interpolation {
+        Interpolation::Nearest => 1,
+        Interpolation::Linear => 2,
+        Interpolation::Cubic => 4,
+    };
+    check_length(&[xs[0], points, each.pow(axes as u32)])?;
     let spatial = xs[2..].iter().zip(strides(&xs[2..]));
     let how = Grid {
         interpolation,
@@ -418,9 +431,10 @@ fn grid_sample<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Resu
         axes: spatial.map(|(&size, stride)| [size, stride]).collect(),
         points,
     };
-    let (tables, inputs) = match grid.constant() {
-        Some(grid) if points > 0 => (Tables::Fixed(how.tables(&elements::<T>(grid))), vec![x]),
-        _ => (Tables::Of(how), vec![x, grid]),
+    let known = grid.constant().filter(|_| points > 0).map(|grid| elements::<T>(grid));
+    let (tables, inputs) = match known {
+        Some(grid) => (Tables::Fixed(how.tables(&grid)), vec![x]),
+        None => (Tables::Of(how), vec![x, grid]),
     };
     let step = Sampled { pooling: Pooling::Sum, tables, channels: xs[1], plane, points };
     let y = lower.emit(Box::new(step), &inputs, shape);
@@ -428,7 +442,11 @@ fn grid_sample<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Resu
     Ok(())
 }
 
-fn check_length(shape: &[usize]) -> Result<()> {
+/// Refuses a tensor too large to make.
+///
+/// # Errors
+/// When `shape` is that of one.
+pub(super) fn check_length(shape: &[usize]) -> Result<()> {
     match shape.iter().fold(1usize, |a, &b| a.saturating_mul(b)) {
         length if length <= CONSTANT_LIMIT => Ok(()),
         _ => Err(Error::input(format!("makes a tensor of shape `{shape:?}`"))),
@@ -454,6 +472,9 @@ fn affine_grid<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Resu
     output.extend_from_slice(&shape[2..]);
     output.push(axes);
     check_length(&output)?;
+    if shape[2..].iter().product::<usize>() > POSITIONS {
+        return Err(Error::input(format!("makes a grid of size `{size:?}`")));
+    }
     // Each place is a sum of the columns of its map, weighted by the pixel's coordinates and 1.
     let rows: Vec<Option<Vec<(usize, f64)>>> = indices(&shape[2..])
         .map(|index| {
@@ -466,180 +487,4 @@ fn affine_grid<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Resu
     let y = lower.reshape(&y, output)?;
     lower.set_output(node, 0, y);
     Ok(())
-}
-
-/// The two pixels that a position lies between, and their shares; `None` outside.
-fn between(position: f64, size: usize) -> Option<[(usize, f64); 2]> {
-    if !(-1.0..=size as f64).contains(&position) {
-        return None;
-    }
-    let position = position.max(0.0);
-    let low = position as usize;
-    if low + 1 >= size {
-        return Some([(size - 1, 1.0), (size - 1, 0.0)]);
-    }
-    let share = position - low as f64;
-    Some([(low, 1.0 - share), (low + 1, share)])
-}
-
-/// An image [N, C, H, W] whose regions are pooled to [height, width] bins each.
-struct Pooled {
-    x: Value,
-    size: [usize; 4],
-    bins: [usize; 2],
-    regions: Vec<f64>,
-}
-
-impl Pooled {
-    /// Reads the image and its regions, `numbers` each.
-    fn new<T: Element>(
-        lower: &Lower<'_, T>,
-        node: &Node,
-        bins: [i64; 2],
-        numbers: usize,
-    ) -> Result<Self> {
-        let x = lower.input(node, 0)?;
-        let regions = lower.constant_input(node, 1)?;
-        let regions = regions.ok_or_else(|| Error::input("needs input `1`, the regions"))?;
-        let size = <[usize; 4]>::try_from(x.shape()).ok().filter(|size| !size.contains(&0));
-        let good = regions.shape.len() == 2 && regions.shape[1] == numbers;
-        let (Some(size), true) = (size, good) else {
-            let (xs, rs) = (x.shape(), &regions.shape);
-            return Err(Error::input(format!("regions of shape {rs:?} of an image of `{xs:?}`")));
-        };
-        if bins.iter().any(|bin| !(1..=1 << 16).contains(bin)) {
-            return Err(Error::input(format!("cannot pool to bins `{bins:?}`")));
-        }
-        Ok(Self { x, size, bins: bins.map(|bin| bin as usize), regions: regions.to_f64() })
-    }
-
-    /// Emits the pooling of each region, given its image and table.
-    fn emit<'g, T: Element>(
-        self,
-        lower: &mut Lower<'g, T>,
-        node: &'g Node,
-        pooling: Pooling,
-        tables: Vec<(i64, Sparse<T>)>,
-    ) -> Result<()> {
-        let [images, channels, height, width] = self.size;
-        let shape = vec![tables.len(), channels, self.bins[0], self.bins[1]];
-        check_length(&shape)?;
-        let tables = tables.into_iter().map(|(image, table)| match usize::try_from(image) {
-            Ok(n) if n < images => Ok((n, Arc::new(table))),
-            _ => Err(Error::input(format!("{images} images have no image `{image}`"))),
-        });
-        let tables = Tables::Fixed(tables.collect::<Result<_>>()?);
-        let (plane, points) = (height * width, self.bins[0] * self.bins[1]);
-        let step = Sampled { pooling, tables, channels, plane, points };
-        let y = lower.emit(Box::new(step), &[self.x], shape);
-        lower.set_output(node, 0, y);
-        Ok(())
-    }
-}
-
-fn too_large(region: &[f64]) -> Error {
-    Error::input(format!("too many pixels to read for region `{region:?}`"))
-}
-
-fn roi_align<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
-    let bins = [node.int("output_height", 1)?, node.int("output_width", 1)?];
-    let pooled = Pooled::new(lower, node, bins, 4)?;
-    let images = lower.integers(node, 2)?.unwrap_or_default();
-    if images.len() * 4 != pooled.regions.len() {
-        return Err(Error::input(format!("the regions have `{}` image numbers", images.len())));
-    }
-    let pooling = match node.text("mode", "avg")? {
-        "avg" => Pooling::Sum,
-        "max" => Pooling::Max,
-        other => return Err(Error::unsupported(format!("pooling mode `{other}`"))),
-    };
-    // Before opset 16 there was no shift.
-    let default = if lower.opset < 16 { "output_half_pixel" } else { "half_pixel" };
-    let (shift, least) = match node.text("coordinate_transformation_mode", default)? {
-        "half_pixel" => (0.5, f64::NEG_INFINITY),
-        "output_half_pixel" => (0.0, 1.0),
-        other => return Err(Error::unsupported(format!("coordinates `{other}`"))),
-    };
-    let scale = f64::from(node.float("spatial_scale", 1.0)?);
-    let ratio = node.int("sampling_ratio", 0)?;
-    let mut tables = Vec::new();
-    let mut reads = 0.0;
-    for (region, &image) in pooled.regions.chunks_exact(4).zip(&images) {
-        // Of rows, then of columns: length of a bin, and places read in it.
-        let bin = [0, 1].map(|axis| {
-            let length = (region[3 - axis] - region[1 - axis]) * scale;
-            length.max(least) / pooled.bins[axis] as f64
-        });
-        let count = bin.map(|bin| if ratio > 0 { ratio as f64 } else { bin.ceil().max(0.0) });
-        let samples = count[0] * count[1];
-        reads += 4.0 * samples * (pooled.bins[0] * pooled.bins[1]) as f64;
-        if reads > READS || count.iter().any(|&count| count > 65536.0) {
-            return Err(too_large(region));
-        }
-        let places = [0, 1].map(|axis| {
-            let (start, size) = (region[1 - axis] * scale - shift, pooled.size[axis + 2]);
-            let place = |b: usize, i: usize| b as f64 + (i as f64 + 0.5) / count[axis];
-            let read = |b: usize, i: usize| between(start + place(b, i) * bin[axis], size);
-            let of_bin = |b: usize| (0..count[axis] as usize).map(|i| read(b, i)).collect();
-            (0..pooled.bins[axis]).map(of_bin).collect::<Vec<Vec<_>>>()
-        });
-        let share = if pooling == Pooling::Sum { 1.0 / samples.max(1.0) } else { 1.0 };
-        let mut table = Sparse::new();
-        for (row, column) in pairs(&places[0], &places[1]) {
-            for place in pairs(row, column) {
-                // A place outside is zero. The maximum is that of the weighted pixels, not of their
-                // sums: so the test data of ONNX have it.
-                let (Some(y), Some(x)) = place else {
-                    table.push(0, T::ZERO);
-                    continue;
-                };
-                for (&(y, a), &(x, b)) in pairs(y, x) {
-                    table.push(y * pooled.size[3] + x, T::of(a * b * share));
-                }
-            }
-            table.end_row();
-        }
-        tables.push((image, table));
-    }
-    pooled.emit(lower, node, pooling, tables)
-}
-
-/// Every element of `a` with every one of `b`.
-fn pairs<'a, A, B>(a: &'a [A], b: &'a [B]) -> impl Iterator<Item = (&'a A, &'a B)> {
-    a.iter().flat_map(move |a| b.iter().map(move |b| (a, b)))
-}
-
-fn max_roi_pool<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
-    let Some(&[height, width]) = node.ints("pooled_shape")? else {
-        return Err(Error::input("needs two sizes in `pooled_shape`"));
-    };
-    let pooled = Pooled::new(lower, node, [height, width], 5)?;
-    let scale = f64::from(node.float("spatial_scale", 1.0)?);
-    let mut tables = Vec::new();
-    let mut reads = 0;
-    for region in pooled.regions.chunks_exact(5) {
-        let corner = |k: usize| (region[k] * scale).round().clamp(-1e6, 1e6) as i64;
-        let covered = |axis: usize, b: usize| {
-            let (start, end) = (corner(2 - axis), corner(4 - axis));
-            let (size, bins) = (pooled.size[axis + 2] as i64, pooled.bins[axis] as i64);
-            let (length, b) = ((end - start + 1).max(1), b as i64);
-            let (from, to) = (b * length / bins, ((b + 1) * length + bins - 1) / bins);
-            (start + from).clamp(0, size) as usize..(start + to).clamp(0, size) as usize
-        };
-        let mut table = Sparse::new();
-        for row in 0..pooled.bins[0] {
-            for column in 0..pooled.bins[1] {
-                for y in covered(0, row) {
-                    covered(1, column).for_each(|x| table.push(y * pooled.size[3] + x, T::ONE));
-                }
-                table.end_row();
-                if (reads + table.entries()) as f64 > READS {
-                    return Err(too_large(region));
-                }
-            }
-        }
-        reads += table.entries();
-        tables.push((region[0] as i64, table));
-    }
-    pooled.emit(lower, node, Pooling::Max, tables)
 }

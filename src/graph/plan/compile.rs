@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::Plan;
-use super::lower::{Lower, StepRecord, Value};
+use super::lower::{Lower, Rounding, StepRecord, Value};
 use super::schedule::Schedule;
 use super::step::{Differentiable, Operand};
 use crate::error::{Error, Result, ResultExt};
@@ -32,6 +32,8 @@ pub enum Gradient {
     Wanted,
     /// Taken: only its forward will be run.
     Unused,
+    /// Refused; and quantisers do not round, so that the straight-through gradient is exact.
+    Smooth,
 }
 
 /// The outputs of a graph all of whose inputs are constants, computed in `T`.
@@ -59,6 +61,9 @@ impl<T: Element> Plan<T> {
     /// that must be constant depends on the images.
     pub fn compile(graph: &Graph, options: &CompileOptions) -> Result<Self> {
         let mut lower = Lower::<T>::new(graph);
+        if options.gradient == Gradient::Smooth {
+            lower.rounding = Rounding::Smooth;
+        }
         let port =
             graph.inputs.iter().find(|port| port.name == options.input).ok_or_else(|| {
                 let names: Vec<&str> = graph.inputs.iter().map(|p| p.name.as_str()).collect();
@@ -94,7 +99,7 @@ impl<T: Element> Plan<T> {
         };
         let Lower { mut steps, mut lengths, .. } = lower;
         ops::fuse(&mut steps, &mut lengths, output);
-        if options.gradient == Gradient::Wanted {
+        if options.gradient != Gradient::Unused {
             check_differentiable(&steps, lengths.len(), [input, output])?;
         }
         let schedule = Schedule::new(&steps, &lengths, input, output);

@@ -103,11 +103,23 @@ pub(crate) struct StepRecord<T> {
     pub tap: Option<TapReference>,
 }
 
+/// What quantising operators do to a value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rounding {
+    /// Round it to the nearest integer.
+    Nearest,
+    /// Only scale it and cut it to the range: the function of which the straight-through gradient is
+    /// the exact gradient. For checks.
+    Smooth,
+}
+
 /// The state of lowering one graph.
 #[derive(Debug)]
 pub struct Lower<'g, T> {
     /// The graph's version of the standard operator set.
     pub opset: i64,
+    /// What quantising operators do.
+    pub rounding: Rounding,
     values: HashMap<&'g str, Value>,
     /// Steps so far, in execution order.
     pub(super) steps: Vec<StepRecord<T>>,
@@ -123,7 +135,14 @@ impl<'g, T: Element> Lower<'g, T> {
             .iter()
             .map(|(name, tensor)| (name.as_str(), Value::Constant(Arc::clone(tensor))))
             .collect();
-        Self { opset: graph.opset, values, steps: Vec::new(), lengths: Vec::new(), node: None }
+        Self {
+            opset: graph.opset,
+            rounding: Rounding::Nearest,
+            values,
+            steps: Vec::new(),
+            lengths: Vec::new(),
+            node: None,
+        }
     }
 
     /// Makes a run-time value of `shape`.

@@ -21,6 +21,10 @@ pub(super) struct Case {
     pub(super) graph: Graph,
     pub(super) inputs: Vec<String>,
     pub(super) outputs: Vec<Arc<ConstantTensor>>,
+    /// Whether it quantises.
+    pub(super) rounds: bool,
+    /// Whether the scale of quantising comes from the values (and has no gradient).
+    pub(super) measures_range: bool,
 }
 
 /// A case as read, and the operators of its model, sub-graphs included.
@@ -89,7 +93,9 @@ fn operators(graph: &GraphProto, found: &mut Vec<String>) {
 
 fn case(mut model: ModelProto, files: &BTreeMap<String, Vec<u8>>) -> Result<Case, String> {
     let mut names = Vec::new();
+    let mut found = Vec::new();
     let graph = model.graph.as_mut().ok_or("has no graph")?;
+    operators(graph, &mut found);
     let inputs = tensors(files, "input");
     let outputs = tensors(files, "output");
     let (inputs, outputs) = match (inputs, outputs) {
@@ -113,5 +119,10 @@ fn case(mut model: ModelProto, files: &BTreeMap<String, Vec<u8>>) -> Result<Case
     let mut graph = loaded.graph;
     let outputs =
         (0..count).map(|index| graph.constants.remove(&expected(index)).unwrap()).collect();
-    Ok(Case { graph, inputs: names, outputs })
+    let rounds = found.iter().any(|operator| {
+        operator.contains("Quantize") || operator.contains("QLinear") || operator == "Round"
+    });
+    let measures_range =
+        found.iter().any(|operator| operator == "DynamicQuantizeLinear" || operator == "Round");
+    Ok(Case { graph, inputs: names, outputs, rounds, measures_range })
 }

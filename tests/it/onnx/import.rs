@@ -340,12 +340,12 @@ fn a_doubled_name_a_cycle_and_a_missing_value_are_named() {
 fn the_header_is_checked_field_by_field() {
     let sound = || model(graph(vec![node("Relu", &["x"], &["y"])]));
     refused(&ModelProto { ir_version: 0, ..sound() }, &["`ir_version`", "`0`"]);
-    refused(&ModelProto { ir_version: 99, ..sound() }, &["newer than 13", "`99`"]);
+    refused(&ModelProto { ir_version: 99, ..sound() }, &["newer than 14", "`99`"]);
     refused(&ModelProto { opset_import: vec![], ..sound() }, &["`opset_import`"]);
     refused(&ModelProto { opset_import: vec![opset("", 0)], ..sound() }, &["`0`"]);
     refused(
-        &ModelProto { opset_import: vec![opset("", 27)], ..sound() },
-        &["`27`", "opset_version=26"],
+        &ModelProto { opset_import: vec![opset("", 29)], ..sound() },
+        &["`29`", "opset_version=28"],
     );
     let doubled = vec![opset("", 17), opset("ai.onnx", 18)];
     refused(&ModelProto { opset_import: doubled, ..sound() }, &["two versions", "ai.onnx"]);
