@@ -4,7 +4,7 @@
 //! `cargo run --example few_shot_eval`
 #![allow(clippy::print_stdout)]
 
-use metazoa::access::{Teacher, WhiteTeacher};
+use metazoa::access::{Surrogate, Teacher, WhiteTeacher};
 use metazoa::app::eval::{Baselines, EvalOptions, evaluate};
 use metazoa::app::ingest::{CatalogWriting, IngestOptions, ingest};
 use metazoa::app::{BatchNorm, Context, Embedder};
@@ -42,7 +42,7 @@ fn main() -> Result<()> {
     for spec in ingest(&context, &options)?.specs() {
         if spec.access == Access::WhiteBox && spec.id.starts_with("ss_") {
             let model = onnx::load(&spec.path, "zoo".as_ref())?;
-            committee.0.push(WhiteTeacher::new(spec, model.graph)?);
+            committee.0.push(WhiteTeacher::new(spec, model.graph, Surrogate::Off)?);
         }
     }
     let options = EvalOptions {

@@ -25,7 +25,7 @@ fn main() -> Result<()> {
     let mut bank = ImageBank::default();
     for spec in found.specs().into_iter().filter(|spec| spec.id.starts_with("ss_")) {
         let model = onnx::load(&spec.path, &found.zoo)?;
-        let teacher = WhiteTeacher::new(spec, model.graph)?;
+        let teacher = WhiteTeacher::new(spec, model.graph, settings::surrogate(&config))?;
         let recovered = recover_one(&teacher, &settings::recover_config(&config), &watch)?;
         let share = 100.0 * recovered.agreement;
         println!("{}: the model agrees with {share:.0} % of its images", recovered.images.id);

@@ -10,11 +10,13 @@ pub mod library;
 pub mod probe;
 pub mod runtime;
 pub mod session;
+pub mod surrogate;
 pub mod teacher;
 pub mod white;
 pub mod zero_order;
 
 pub use adapter::Adapter;
 pub use black::{BlackOptions, BlackTeacher};
+pub use surrogate::Surrogate;
 pub use teacher::{ImageGradient, LogitsLoss, Objective, Teacher};
 pub use white::WhiteTeacher;

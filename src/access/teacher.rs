@@ -62,6 +62,11 @@ pub trait Teacher: Send + Sync {
         rng: &mut RngStream,
     ) -> Result<ImageGradient>;
 
+    /// Layers whose statistics the objective's second term compares.
+    fn statistics_layers(&self) -> usize {
+        0
+    }
+
     /// Queries spent so far (images asked); 0 for white-box teachers.
     fn queries(&self) -> u64;
 }

@@ -7,10 +7,11 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Adapter;
+use super::surrogate::{self, Reference, Surrogate};
 use super::teacher::{ImageGradient, Objective, Teacher};
 use crate::error::{Error, Result, ResultExt};
 use crate::graph::facts::logits_under;
-use crate::graph::{CompileOptions, Gradient, Graph, Plan, Workspace};
+use crate::graph::{CompileOptions, Gradient, Graph, Plan, Taps, Workspace};
 use crate::tensor::{Images, RngStream};
 use crate::zoo::{BatchDimension, ModelSpec};
 
@@ -26,6 +27,11 @@ pub struct WhiteTeacher {
     graph: Graph,
     logits: String,
     adapter: Adapter,
+    taps: Taps,
+    /// What the taps should see, where that is not in the plan.
+    references: Option<Vec<Reference>>,
+    /// Tapped layers.
+    layers: usize,
     plans: Mutex<BTreeMap<usize, Arc<Compiled>>>,
 }
 
@@ -49,20 +55,49 @@ impl Compiled {
 }
 
 impl WhiteTeacher {
-    /// Opens the model of `spec`; `graph` is its imported file.
+    /// Opens the model of `spec`; `graph` is its imported file. `surrogate` says which statistics are
+    /// matched where the file holds none.
     ///
     /// # Errors
     /// When the graph cannot be compiled or differentiated, or does not give `spec.classes` scores.
-    pub fn new(spec: ModelSpec, graph: Graph) -> Result<Self> {
+    pub fn new(spec: ModelSpec, graph: Graph, surrogate: Surrogate) -> Result<Self> {
         let adapter = Adapter::new(&spec.preprocess)?;
         let logits = logits_under(&graph, &spec.logits_output).0.to_string();
-        let teacher = Self { spec, graph, logits, adapter, plans: Mutex::default() };
+        let taps = surrogate.taps(&graph);
+        let mut teacher = Self {
+            spec,
+            graph,
+            logits,
+            adapter,
+            taps,
+            references: None,
+            layers: 0,
+            plans: Mutex::default(),
+        };
         let probe = match teacher.spec.batch {
             BatchDimension::Fixed(n) => n,
             BatchDimension::Free => 1,
         };
-        teacher.compiled(probe).context(|| teacher.describe())?;
+        let compiled = teacher.compiled(probe).context(|| teacher.describe())?;
+        teacher.layers = compiled.plan.tap_count();
+        if taps == Taps::Activations && surrogate != Surrogate::Unit && teacher.layers > 0 {
+            let seen = teacher.seen_on_probes(&compiled)?;
+            teacher.references = surrogate.references(&teacher.graph, seen);
+        }
         Ok(teacher)
+    }
+
+    /// What the tapped layers see on procedural images.
+    fn seen_on_probes(&self, compiled: &Compiled) -> Result<Vec<Reference>> {
+        let [_, height, width] = self.spec.preprocess.input_size;
+        let images = surrogate::probes([height, width]);
+        let parts: Vec<Vec<f32>> = (0..images.len() / compiled.batch)
+            .map(|part| {
+                let start = part * compiled.batch;
+                self.adapter.forward(&images.range(start, start + compiled.batch))
+            })
+            .collect::<Result<_>>()?;
+        Ok(surrogate::measure(&compiled.plan, &parts))
     }
 
     fn describe(&self) -> String {
@@ -84,6 +119,7 @@ impl WhiteTeacher {
             input_shape: self.adapter.input_shape(n).to_vec(),
             output: self.logits.clone(),
             gradient: Gradient::Wanted,
+            taps: self.taps,
         }
     }
 
@@ -95,6 +131,45 @@ impl WhiteTeacher {
     /// The map from canonical images to the model's input.
     pub fn adapter(&self) -> &Adapter {
         &self.adapter
+    }
+
+    /// Sets the gradient of `weight * sum_l (||mean_l - ref|| + ||var_l - ref||)` (PURER sec. 2.2) on the
+    /// plan's taps; returns the unweighted sum.
+    fn match_statistics(
+        &self,
+        plan: &Plan<f32>,
+        workspace: &mut Workspace<f32>,
+        weight: f32,
+    ) -> f64 {
+        if weight == 0.0 {
+            plan.clear_tap_gradients(workspace);
+        }
+        let mut total = 0.0;
+        let mut gradients = Vec::with_capacity(plan.tap_count());
+        for (index, tap) in plan.taps(workspace).enumerate() {
+            let mut pair = [Vec::new(), Vec::new()];
+            let own = || [&tap.reference.mean, &tap.reference.var];
+            let [mean, var] = match &self.references {
+                Some(references) => references[index].each_ref(),
+                None => own(),
+            };
+            let sides = [(tap.mean, mean), (tap.var, var)];
+            for ((seen, wanted), gradient) in sides.into_iter().zip(&mut pair) {
+                let difference = seen.iter().zip(wanted.iter()).map(|(s, w)| s - w);
+                let norm =
+                    difference.clone().map(|d| f64::from(d) * f64::from(d)).sum::<f64>().sqrt();
+                total += norm;
+                let scale = if norm > 0.0 { weight / norm as f32 } else { 0.0 };
+                gradient.extend(difference.map(|d| d * scale));
+            }
+            gradients.push(pair);
+        }
+        if weight != 0.0 {
+            for (index, [mean, var]) in gradients.iter().enumerate() {
+                plan.set_tap_gradient(workspace, index, mean, var);
+            }
+        }
+        total
     }
 
     /// A plan for `n` images, or for the file's own batch where its graph works for no other.
@@ -199,7 +274,7 @@ impl Teacher for WhiteTeacher {
                 result.logits.extend_from_slice(&logits[..used * classes]);
                 let weight = objective.statistics_weight * share;
                 result.statistics_loss +=
-                    f64::from(share) * match_statistics(plan, workspace, weight);
+                    f64::from(share) * self.match_statistics(plan, workspace, weight);
                 plan.backward(workspace, &d_logits).to_vec()
             });
             let gradient = self.adapter.backward(&d_input, part.shape())?;
@@ -210,35 +285,11 @@ impl Teacher for WhiteTeacher {
         Ok(result)
     }
 
+    fn statistics_layers(&self) -> usize {
+        self.layers
+    }
+
     fn queries(&self) -> u64 {
         0
     }
-}
-
-/// Sets the gradient of `weight * sum_l (||mean_l - ref|| + ||var_l - ref||)` (PURER sec. 2.2) on the
-/// plan's taps; returns the unweighted sum.
-fn match_statistics(plan: &Plan<f32>, workspace: &mut Workspace<f32>, weight: f32) -> f64 {
-    if weight == 0.0 {
-        plan.clear_tap_gradients(workspace);
-    }
-    let mut total = 0.0;
-    let mut gradients = Vec::with_capacity(plan.tap_count());
-    for tap in plan.taps(workspace) {
-        let mut pair = [Vec::new(), Vec::new()];
-        let sides = [(tap.mean, &tap.reference.mean), (tap.var, &tap.reference.var)];
-        for ((seen, wanted), gradient) in sides.into_iter().zip(&mut pair) {
-            let difference = seen.iter().zip(wanted.iter()).map(|(s, w)| s - w);
-            let norm = difference.clone().map(|d| f64::from(d) * f64::from(d)).sum::<f64>().sqrt();
-            total += norm;
-            let scale = if norm > 0.0 { weight / norm as f32 } else { 0.0 };
-            gradient.extend(difference.map(|d| d * scale));
-        }
-        gradients.push(pair);
-    }
-    if weight != 0.0 {
-        for (index, [mean, var]) in gradients.iter().enumerate() {
-            plan.set_tap_gradient(workspace, index, mean, var);
-        }
-    }
-    total
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::run_folder::RunFolder;
 use crate::error::{Error, Result, ResultExt};
-use crate::graph::{CompileOptions, Dimension, Gradient, Graph, Plan, Workspace};
+use crate::graph::{CompileOptions, Dimension, Gradient, Graph, Plan, Taps, Workspace};
 use crate::meta::{Backbone, BnMode};
 use crate::onnx;
 use crate::tensor::Images;
@@ -157,6 +157,7 @@ impl OnnxEmbedder {
                 input_shape: vec![ONNX_BATCH, 3, *height, *width],
                 output: output.name.clone(),
                 gradient: Gradient::Unused,
+                taps: Taps::Norms,
             },
         )?;
         let dim = match plan.output_shape() {

@@ -13,7 +13,7 @@ use super::teachers::open_white;
 use crate::access::library::RuntimeOptions;
 use crate::access::runtime::Runtime;
 use crate::access::zero_order::{Difference, ZeroOrder};
-use crate::access::{BlackOptions, BlackTeacher, Teacher, WhiteTeacher};
+use crate::access::{BlackOptions, BlackTeacher, Surrogate, Teacher, WhiteTeacher};
 use crate::error::{Error, Result, ResultExt};
 use crate::graph::check::{check_gradient, relative_error};
 use crate::tensor::{Images, RngStream};
@@ -111,7 +111,7 @@ fn check(context: &Context, options: &InspectOptions, result: &mut InspectResult
     }
     let begin = Instant::now();
     let folder = options.model.parent().filter(|p| !p.as_os_str().is_empty());
-    let white = open_white(&spec, folder.unwrap_or(Path::new(".")))?;
+    let white = open_white(&spec, folder.unwrap_or(Path::new(".")), Surrogate::Unit)?;
     result.compile_ms = Some(begin.elapsed().as_secs_f64() * 1e3);
     let n = match spec.batch {
         BatchDimension::Fixed(n) => n,

@@ -63,6 +63,7 @@ pub fn invert(context: &Context, options: &InvertOptions) -> Result<InvertResult
     let teachers = TeacherOptions {
         zoo: folder.unwrap_or(Path::new(".")).to_path_buf(),
         runtime: options.runtime.clone(),
+        surrogate: settings::surrogate(&options.config),
         black: settings::black_options(&options.config),
         query_budget: options.config.recover.black_box.query_budget,
     };

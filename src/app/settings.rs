@@ -1,8 +1,8 @@
 //! From the settings a user writes to the configurations the layers below take.
 
-use super::config::{Edge, RunConfig, Schedule};
-use crate::access::BlackOptions;
+use super::config::{Edge, RunConfig, Schedule, SurrogateName};
 use crate::access::zero_order::{Difference, ZeroOrder};
+use crate::access::{BlackOptions, Surrogate};
 use crate::meta::{self, Augmentation, ColourMap, ShiftEdge, TrainConfig};
 use crate::methods::invert::UNIT;
 use crate::methods::{GenerateConfig, InvertConfig, RecoverConfig};
@@ -36,6 +36,16 @@ pub fn recover_config(config: &RunConfig) -> RecoverConfig {
             latent: black.latent,
             features: black.features,
         },
+    }
+}
+
+/// Which statistics stand in for those a model does not hold.
+pub fn surrogate(config: &RunConfig) -> Surrogate {
+    match config.recover.white_box.surrogate {
+        SurrogateName::Auto => Surrogate::Auto,
+        SurrogateName::Unit => Surrogate::Unit,
+        SurrogateName::Procedural => Surrogate::Procedural,
+        SurrogateName::Off => Surrogate::Off,
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::access::library::RuntimeOptions;
 use crate::access::runtime::Runtime;
-use crate::access::{BlackOptions, BlackTeacher, Teacher, WhiteTeacher};
+use crate::access::{BlackOptions, BlackTeacher, Surrogate, Teacher, WhiteTeacher};
 use crate::error::{Error, Result, ResultExt};
 use crate::onnx;
 use crate::zoo::{Access, ModelSpec};
@@ -16,6 +16,8 @@ pub struct TeacherOptions {
     pub zoo: PathBuf,
     /// Where ONNX Runtime is looked for, when a black-box model asks for it.
     pub runtime: RuntimeOptions,
+    /// Statistics of white-box models that hold none.
+    pub surrogate: Surrogate,
     /// How black-box models are asked.
     pub black: BlackOptions,
     /// Budget of a black-box model whose sidecar gives none.
@@ -29,7 +31,7 @@ pub struct TeacherOptions {
 pub fn open(spec: &ModelSpec, options: &TeacherOptions) -> Result<Box<dyn Teacher>> {
     let mut spec = spec.clone();
     match spec.access {
-        Access::WhiteBox => Ok(Box::new(open_white(&spec, &options.zoo)?)),
+        Access::WhiteBox => Ok(Box::new(open_white(&spec, &options.zoo, options.surrogate)?)),
         Access::BlackBox => {
             let runtime = Runtime::load(&options.runtime)?;
             spec.query_budget = spec.query_budget.or(options.query_budget);
@@ -45,8 +47,8 @@ pub fn open(spec: &ModelSpec, options: &TeacherOptions) -> Result<Box<dyn Teache
 ///
 /// # Errors
 /// When the file cannot be read or compiled.
-pub fn open_white(spec: &ModelSpec, zoo: &Path) -> Result<WhiteTeacher> {
+pub fn open_white(spec: &ModelSpec, zoo: &Path, surrogate: Surrogate) -> Result<WhiteTeacher> {
     let model = onnx::load(&spec.path, zoo)?;
-    WhiteTeacher::new(spec.clone(), model.graph)
+    WhiteTeacher::new(spec.clone(), model.graph, surrogate)
         .context(|| format!("cannot use model `{}` as white-box", spec.id))
 }

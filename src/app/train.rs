@@ -249,6 +249,7 @@ impl Work<'_> {
         let teachers = TeacherOptions {
             zoo: found.zoo.clone(),
             runtime: self.options.runtime.clone(),
+            surrogate: settings::surrogate(self.config),
             black: settings::black_options(self.config),
             query_budget: self.config.recover.black_box.query_budget,
         };

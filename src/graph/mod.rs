@@ -12,4 +12,4 @@ pub mod plan;
 
 pub use ir::{Attribute, ConstantData, ConstantTensor, DataType, Dimension, Graph, Node, Port};
 pub use ops::unsupported_ops;
-pub use plan::{CompileOptions, Gradient, Plan, Workspace, evaluate};
+pub use plan::{CompileOptions, Gradient, Plan, Taps, Workspace, evaluate};

@@ -80,7 +80,7 @@ pub fn invert(
     let options = AdamOptions { beta1: 0.5, beta2: 0.99, ..AdamOptions::STANDARD };
     let mut adam = Adam::new(options, [z.len()]);
     let loss = CrossEntropy::new(labels.to_vec());
-    let statistics_weight = config.statistics / teacher.spec().norm_taps.max(1) as f32;
+    let statistics_weight = config.statistics / teacher.statistics_layers().max(1) as f32;
     let objective = Objective { logits: &loss, statistics_weight };
     let reach = config.jitter as i64;
     for step in 0..config.steps {

@@ -8,6 +8,7 @@ pub mod device;
 pub mod images;
 pub mod kernels;
 pub mod rng;
+pub mod scenes;
 pub mod store;
 pub mod tape;
 

@@ -15,7 +15,7 @@ use super::resolve::{Identity, OPEN_SIZE_NOTE, Resolved, SIZE_KEY, resolve};
 use super::sidecar::SidecarAccess;
 use super::spec::{Access, BatchDimension, Layout, ModelSpec, OutputKind, Rejection};
 use crate::error::{Error, ErrorKind, Result, ResultExt as _};
-use crate::graph::plan::{CompileOptions, Gradient, Plan};
+use crate::graph::plan::{CompileOptions, Gradient, Plan, Taps};
 use crate::graph::{Graph, unsupported_ops};
 use crate::onnx;
 
@@ -230,6 +230,7 @@ fn compile(graph: &Graph, spec: &ModelSpec, scores: &str) -> Result<()> {
         input_shape,
         output: scores.to_owned(),
         gradient: Gradient::Wanted,
+        taps: Taps::Norms,
     };
     let plan = Plan::<f32>::compile(graph, &options)?;
     let classes: usize = plan.output_shape().iter().skip(1).product();

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use metazoa::access::{Teacher, WhiteTeacher};
+use metazoa::access::{Surrogate, Teacher, WhiteTeacher};
 use metazoa::graph::check::{GradientCheck, check_gradient, relative_error};
 use metazoa::graph::unsupported_ops;
 use metazoa::tensor::{Images, RngStream};
@@ -37,7 +37,7 @@ fn measure(folder: &Path, name: &str) -> metazoa::Result<(f64, GradientCheck)> {
         return Err(metazoa::Error::unsupported(unsupported.join(", ")));
     }
     let classes = spec.classes;
-    let white = WhiteTeacher::new(spec.clone(), model.graph)?;
+    let white = WhiteTeacher::new(spec.clone(), model.graph, Surrogate::Auto)?;
     let [_, height, _] = spec.preprocess.input_size;
     let batch = images(3, height);
     let reference = black::open(spec).logits(&batch)?;

@@ -399,6 +399,7 @@ fn the_graph_of_a_backbone_computes_its_embedding() {
         input_shape: vec![5, 3, 36, 36],
         output: "embedding".into(),
         gradient: metazoa::graph::Gradient::Unused,
+        taps: metazoa::graph::Taps::Norms,
     };
     let plan = Plan::<f32>::compile(&graph, &options).unwrap();
     let gap = furthest(plan.forward(&mut plan.workspace(), batch.data()), &expected);

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use metazoa::graph::check::check_gradient;
 use metazoa::graph::{
-    CompileOptions, ConstantTensor, Dimension, Gradient, Graph, Plan, Port, evaluate,
+    CompileOptions, ConstantTensor, Dimension, Gradient, Graph, Plan, Port, Taps, evaluate,
 };
 use metazoa::tensor::RngStream;
 use metazoa::tensor::kernels::Element;
@@ -107,6 +107,7 @@ fn with_live_input(
         input_shape: tensor.shape.clone(),
         output: output.into(),
         gradient: Gradient::Unused,
+        taps: Taps::Norms,
     };
     let x = tensor.to_f64();
     let run = if case.rounds { forward::<f32> } else { forward::<f64> };

@@ -470,7 +470,11 @@ fn look_closely(zoo: &Path) -> Ingest {
 #[test]
 fn black_box_models_are_tried_out_in_onnx_runtime_at_ingest() {
     let zoo = temp_dir();
-    copy(&bundled(), zoo.path(), &["edge_int8_qdq.onnx", "edge_int8_qdq.yaml", "edge_softmax.onnx"]);
+    copy(
+        &bundled(),
+        zoo.path(),
+        &["edge_int8_qdq.onnx", "edge_int8_qdq.yaml", "edge_softmax.onnx"],
+    );
     std::fs::write(zoo.path().join("edge_softmax.yaml"), "schema_version: 1\naccess: black-box\n")
         .unwrap();
     let untried = look(zoo.path());

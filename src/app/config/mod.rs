@@ -12,7 +12,7 @@ pub mod types;
 
 pub use types::{
     AugmentationConfig, BlackBoxConfig, ColorConfig, Edge, EvalConfig, ExportForm, MetaConfig,
-    Method, RecoverConfig, RunConfig, Schedule, WhiteBoxConfig,
+    Method, RecoverConfig, RunConfig, Schedule, SurrogateName, WhiteBoxConfig,
 };
 
 use crate::error::{Error, Result, ResultExt};

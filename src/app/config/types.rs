@@ -75,12 +75,28 @@ pub struct WhiteBoxConfig {
     pub final_rate: f64,
     /// Weight of the normalisation statistics, shared among a model's layers.
     pub statistics_weight: f32,
+    /// The statistics of models that hold none (normalisation folded, or another kind).
+    pub surrogate: SurrogateName,
     /// Weight of the total variation.
     pub total_variation_weight: f32,
     /// Weight of the L2 norm.
     pub l2_weight: f32,
     /// Largest random shift, pixels.
     pub jitter: usize,
+}
+
+/// Statistics that stand in where a model has no BatchNormalization.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum SurrogateName {
+    /// `unit` where BatchNormalization looks folded into the weights, else `procedural`.
+    Auto,
+    /// Mean 0 and variance 1 after each convolution: what a folded BatchNormalization makes.
+    Unit,
+    /// What the model makes of procedural images.
+    Procedural,
+    /// None.
+    Off,
 }
 
 /// Generator with zero-order gradients (BiDf-MKD sec. 3.1).
@@ -247,6 +263,7 @@ impl Default for WhiteBoxConfig {
             learning_rate: 0.025,
             final_rate: 0.05,
             statistics_weight: 1.2,
+            surrogate: SurrogateName::Auto,
             total_variation_weight: 1e-3,
             l2_weight: 1e-5,
             jitter: 2,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::Rule;
 use super::binary::{Binary, emit};
+use super::normalize::watched;
 use super::rearrange::{Source, rearrange};
 use super::window::{Slide, slides, two_axes};
 use crate::error::{Error, Result};
@@ -235,6 +236,9 @@ fn conv<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> 
     let Some(weight) = weight.constant().cloned() else { return Err(data_dependent(node, 1)) };
     let bias = lower.constant_input(node, 2)?;
     let y = emit_conv(lower, node, &x, &weight, bias.as_deref())?;
+    let plane: usize = y.shape()[2..].iter().product();
+    // Gates of one value a channel (squeeze-and-excitation) were never normalised.
+    let y = if plane > 1 { watched(lower, node, y, weight.shape[0], plane) } else { y };
     lower.set_output(node, 0, y);
     Ok(())
 }

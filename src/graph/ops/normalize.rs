@@ -14,7 +14,7 @@ use super::{Rule, axis_index};
 use crate::error::{Error, Result};
 use crate::graph::ir::Node;
 use crate::graph::plan::{
-    Absorbed, Lower, Needs, Step, StepState, TapReference, Target, Value, elements,
+    Absorbed, Lower, Needs, Step, StepState, TapReference, Taps, Target, Value, elements,
 };
 use crate::tensor::kernels::Element;
 use crate::tensor::kernels::map::{sum, sum_of, sum_zip};
@@ -220,6 +220,31 @@ fn batch_normalization<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node)
     Ok(())
 }
 
+/// Emits `x` unchanged, its statistics tapped over all but the channel axis: axis 1 of [N, C, ...]
+/// where `plane` elements lie between channels, the last axis where `plane` is 1.
+pub(super) fn watched<T: Element>(
+    lower: &mut Lower<'_, T>,
+    node: &Node,
+    x: Value,
+    channels: usize,
+    plane: usize,
+) -> Value {
+    if lower.taps == Taps::Norms || x.constant().is_some() || channels == 0 {
+        return x;
+    }
+    let step = ChannelAffine {
+        a: vec![T::ONE; channels],
+        b: vec![T::ZERO; channels],
+        plane,
+        activation: Activation::None,
+        statistics: Statistics::Tapped,
+    };
+    let (mean, var) = (vec![0.0; channels], vec![1.0; channels]);
+    let tap = TapReference { name: node.name.clone(), mean, var };
+    let shape = x.shape().to_vec();
+    lower.emit_tapped(Box::new(step), &[x], shape, Some(tap))
+}
+
 /// Whether the group mean is subtracted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Centre {
@@ -304,6 +329,7 @@ fn layer_normalization<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node)
     let x = lower.input(node, 0)?;
     let axis = axis_index(node.int("axis", -1)?, x.rank())?;
     let group: usize = x.shape()[axis..].iter().product();
+    let x = if axis + 1 == x.rank() { watched(lower, node, x, group, 1) } else { x };
     let centre = if node.op_type == "RMSNormalization" { Centre::Zero } else { Centre::Mean };
     let epsilon = f64::from(node.float("epsilon", 1e-5)?);
     let mut y = standardize(lower, &x, group, epsilon, centre);

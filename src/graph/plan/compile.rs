@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::Plan;
-use super::lower::{Lower, Rounding, StepRecord, Value};
+use super::lower::{Lower, Rounding, StepRecord, Taps, Value};
 use super::schedule::Schedule;
 use super::step::{Differentiable, Operand};
 use crate::error::{Error, Result, ResultExt};
@@ -23,6 +23,8 @@ pub struct CompileOptions {
     pub output: String,
     /// Whether the plan must have a gradient.
     pub gradient: Gradient,
+    /// Where statistics are seen.
+    pub taps: Taps,
 }
 
 /// Whether a plan that has no gradient is refused.
@@ -64,6 +66,7 @@ impl<T: Element> Plan<T> {
         if options.gradient == Gradient::Smooth {
             lower.rounding = Rounding::Smooth;
         }
+        lower.taps = options.taps;
         let port =
             graph.inputs.iter().find(|port| port.name == options.input).ok_or_else(|| {
                 let names: Vec<&str> = graph.inputs.iter().map(|p| p.name.as_str()).collect();

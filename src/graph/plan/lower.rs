@@ -75,7 +75,7 @@ impl Value {
     }
 }
 
-/// Statistics of a normalisation layer: where they are seen and what the file holds.
+/// Statistics of a layer: where they are seen and what they should be.
 #[derive(Debug, Clone)]
 pub struct TapReference {
     /// Name of the node.
@@ -103,6 +103,17 @@ pub(crate) struct StepRecord<T> {
     pub tap: Option<TapReference>,
 }
 
+/// Where a plan sees statistics of what passes through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Taps {
+    /// At the inputs of BatchNormalization, whose running statistics the file holds.
+    Norms,
+    /// At the outputs of convolutions and the inputs of layer normalisation, for networks whose
+    /// BatchNormalization is folded or that have none. The reference of such a tap is mean 0 and
+    /// variance 1: what a folded BatchNormalization of the usual initial scale and shift makes.
+    Activations,
+}
+
 /// What quantising operators do to a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rounding {
@@ -120,6 +131,8 @@ pub struct Lower<'g, T> {
     pub opset: i64,
     /// What quantising operators do.
     pub rounding: Rounding,
+    /// Where statistics are seen.
+    pub taps: Taps,
     values: HashMap<&'g str, Value>,
     /// Steps so far, in execution order.
     pub(super) steps: Vec<StepRecord<T>>,
@@ -138,6 +151,7 @@ impl<'g, T: Element> Lower<'g, T> {
         Self {
             opset: graph.opset,
             rounding: Rounding::Nearest,
+            taps: Taps::Norms,
             values,
             steps: Vec::new(),
             lengths: Vec::new(),

@@ -12,7 +12,9 @@ mod step;
 
 pub use compile::{CompileOptions, Gradient, evaluate};
 
-pub use lower::{Lower, Rounding, TapReference, Value, data_dependent, elements, from_elements};
+pub use lower::{
+    Lower, Rounding, TapReference, Taps, Value, data_dependent, elements, from_elements,
+};
 pub use step::{Absorbed, Differentiable, Mode, Needs, Operand, Reads, Step, StepState, Target};
 
 pub(crate) use lower::StepRecord;
