@@ -5,6 +5,7 @@
 mod architectures;
 mod black;
 mod cli;
+mod contrib;
 mod data;
 mod eval;
 mod graph;

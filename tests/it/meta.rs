@@ -44,14 +44,14 @@ impl ClassSource for Bars {
         let at = (class * self.images + index) as u64;
         let mut rng = RngStream::new(self.seed, "bars", "", at);
         let mut own = RngStream::new(0, "bars class", "", class as u64);
-        let (angle, period) = (own.uniform_in(0.0, 3.14), own.uniform_in(3.0, 9.0));
-        let phase = rng.uniform_in(0.0, 6.28);
+        let (angle, period) = (own.uniform_in(0.0, std::f32::consts::PI), own.uniform_in(3.0, 9.0));
+        let phase = rng.uniform_in(0.0, std::f32::consts::TAU);
         let colour: Vec<f32> = (0..3).map(|_| rng.uniform_in(0.2, 0.5)).collect();
         let plane = self.size * self.size;
         for (at, pixel) in pixels.iter_mut().enumerate() {
             let (row, column) = (at % plane / self.size, at % self.size);
             let along = row as f32 * angle.sin() + column as f32 * angle.cos();
-            let wave = (along * 6.283 / period + phase).sin();
+            let wave = (along * std::f32::consts::TAU / period + phase).sin();
             *pixel = 0.5 + colour[at / plane] * wave + 0.05 * rng.normal();
         }
         Ok(())

@@ -362,6 +362,15 @@ pub fn data_dependent(node: &Node, index: usize) -> Error {
 
 /// The values of a constant as `T`.
 pub fn elements<T: Element>(tensor: &ConstantTensor) -> Vec<T> {
+    // Weights are nearly always of the plan's own type: a copy, not a conversion.
+    let own: Option<&Vec<T>> = match &tensor.data {
+        ConstantData::F32(v) => (v as &dyn std::any::Any).downcast_ref(),
+        ConstantData::F64(v) => (v as &dyn std::any::Any).downcast_ref(),
+        ConstantData::I64(_) => None,
+    };
+    if let Some(values) = own {
+        return values.clone();
+    }
     match &tensor.data {
         ConstantData::F32(v) => v.iter().map(|&x| T::of(f64::from(x))).collect(),
         ConstantData::F64(v) => v.iter().map(|&x| T::of(x)).collect(),

@@ -8,10 +8,10 @@ fn direct(g: &Conv2dGeometry, x: &[f64], w: &[f64], bias: &[f64]) -> Vec<f64> {
     let (ig, og) = (g.in_channels / g.groups, g.out_channels / g.groups);
     let mut y = Vec::new();
     for n in 0..g.batch {
-        for o in 0..g.out_channels {
+        for (o, &bias) in bias.iter().enumerate() {
             for oy in 0..ho {
                 for ox in 0..wo {
-                    let mut sum = bias[o];
+                    let mut sum = bias;
                     for c in 0..ig {
                         for ky in 0..g.kernel[0] {
                             for kx in 0..g.kernel[1] {
