@@ -1,15 +1,15 @@
 //! 2-D convolution: forward, gradient to the input, gradient to the weights. NCHW, groups, any
 //! stride, dilation and (asymmetric) padding.
 //!
-//! Lowered to matrix products over tiles of output rows whose patch matrix stays in the second-level
-//! cache; depthwise layers go to `depthwise`. Images are split over rayon's threads; no sum is split
+//! Stride 1 goes to `direct`, depthwise layers to `depthwise`; the rest is lowered to matrix products over
+//! tiles of output rows whose patch matrix stays in the second-level cache. Images are split over rayon's threads; no sum is split
 //! by thread count, so results do not depend on it.
 
 use rayon::prelude::*;
 
-use super::depthwise;
 use super::gemm::{MatrixRef, gemm};
 use super::{Element, scratch};
+use super::{depthwise, direct};
 
 /// Elements of the patch matrix of one tile (512 KiB of `f32`).
 const TILE_ELEMENTS: usize = 128 * 1024;
@@ -173,6 +173,14 @@ fn forward_images<T: Element>(
     bias: Option<&[T]>,
     y: &mut [T],
 ) {
+    if let Some(level) = direct::Level::detected()
+        && direct::serves(g)
+        && let (Some(x), Some(w)) = (T::as_f32(x), T::as_f32(w))
+        && let Some(y) = T::as_f32_mut(y)
+    {
+        direct::forward(level, g, x, w, bias.and_then(T::as_f32), y);
+        return;
+    }
     let images = x.len() / g.input_stride();
     let [height, width] = g.output();
     let plane = height * width;

@@ -49,12 +49,16 @@ pub trait Element:
     fn min(self, other: Self) -> Self;
     /// Largest integer not above self.
     fn floor(self) -> Self;
+    /// The slice, where this is `f32`: for kernels that only that type has.
+    fn as_f32(values: &[Self]) -> Option<&[f32]>;
+    /// As [`Element::as_f32`], to change.
+    fn as_f32_mut(values: &mut [Self]) -> Option<&mut [f32]>;
     /// Fused or plain `self * a + b`, whichever the target does fast.
     fn mul_add(self, a: Self, b: Self) -> Self;
 }
 
 macro_rules! implement_element {
-    ($t:ty) => {
+    ($t:ty, $single:expr, $single_mut:expr) => {
         impl Element for $t {
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
@@ -102,6 +106,12 @@ macro_rules! implement_element {
             fn floor(self) -> Self {
                 <$t>::floor(self)
             }
+            fn as_f32(values: &[Self]) -> Option<&[f32]> {
+                $single(values)
+            }
+            fn as_f32_mut(values: &mut [Self]) -> Option<&mut [f32]> {
+                $single_mut(values)
+            }
             #[inline(always)]
             fn mul_add(self, a: Self, b: Self) -> Self {
                 self * a + b
@@ -110,5 +120,5 @@ macro_rules! implement_element {
     };
 }
 
-implement_element!(f32);
-implement_element!(f64);
+implement_element!(f32, Some, Some);
+implement_element!(f64, |_| None, |_| None);

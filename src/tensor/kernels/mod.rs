@@ -7,6 +7,7 @@ pub mod batch_norm;
 pub mod blocks;
 pub mod conv;
 mod depthwise;
+mod direct;
 pub mod element;
 pub mod gemm;
 pub mod map;
