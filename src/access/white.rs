@@ -82,7 +82,16 @@ impl WhiteTeacher {
         teacher.layers = compiled.plan.tap_count();
         if taps == Taps::Activations && surrogate != Surrogate::Unit && teacher.layers > 0 {
             let seen = teacher.seen_on_probes(&compiled)?;
-            teacher.references = surrogate.references(&teacher.graph, seen);
+            match surrogate {
+                Surrogate::Procedural => teacher.references = Some(seen),
+                // Biased convolutions alone do not make a folded network.
+                _ if !surrogate::look_normalised(&seen) => {
+                    teacher.taps = Taps::Norms;
+                    teacher.layers = 0;
+                    teacher.plans = Mutex::default();
+                }
+                _ => {}
+            }
         }
         Ok(teacher)
     }
@@ -153,14 +162,20 @@ impl WhiteTeacher {
                 Some(references) => references[index].each_ref(),
                 None => own(),
             };
+            let unit = |channel: usize| tap.reference.unit.get(channel).copied().unwrap_or(1.0);
+            let units: [Vec<f32>; 2] = [
+                (0..mean.len()).map(unit).collect(),
+                (0..mean.len()).map(|channel| unit(channel) * unit(channel)).collect(),
+            ];
             let sides = [(tap.mean, mean), (tap.var, var)];
-            for ((seen, wanted), gradient) in sides.into_iter().zip(&mut pair) {
-                let difference = seen.iter().zip(wanted.iter()).map(|(s, w)| s - w);
+            for (((seen, wanted), unit), gradient) in sides.into_iter().zip(&units).zip(&mut pair) {
+                let difference =
+                    seen.iter().zip(wanted.iter()).zip(unit).map(|((s, w), u)| (s - w) * u);
                 let norm =
                     difference.clone().map(|d| f64::from(d) * f64::from(d)).sum::<f64>().sqrt();
                 total += norm;
                 let scale = if norm > 0.0 { weight / norm as f32 } else { 0.0 };
-                gradient.extend(difference.map(|d| d * scale));
+                gradient.extend(difference.zip(unit).map(|(d, u)| d * u * scale));
             }
             gradients.push(pair);
         }

@@ -15,8 +15,11 @@ use crate::tensor::kernels::Element;
 const STEPS: [f64; 8] = [3e-6, 1e-6, 3e-7, 1e-7, 3e-8, 1e-8, 3e-9, 1e-9];
 /// Two successive steps that agree this well (relative to the larger) saw no kink between them.
 const AGREEMENT: f64 = 1e-6;
-/// Directions in which the gradient is compared; each one tests all of it.
-const DIRECTIONS: u64 = 8;
+/// Directions in which the gradient is compared, for small and for large inputs; each one tests all
+/// of it.
+const DIRECTIONS: [u64; 2] = [8, 3];
+/// Elements from which an input is large.
+const LARGE: usize = 3 * 64 * 64 * 2;
 
 /// What [`check_gradient`] found; errors are `norm(a - b) / norm(b)`.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -132,7 +135,7 @@ pub fn check_gradient(
     let unit = (x.iter().map(|v| v * v).sum::<f64>() / x.len().max(1) as f64).sqrt().max(0.1);
     // Rounding of the objective over the longest step.
     let floor = f64::EPSILON * objective.value(&double, &mut workspace, &x).abs() / STEPS[0];
-    for _ in 0..DIRECTIONS {
+    for _ in 0..DIRECTIONS[usize::from(x.len() > LARGE)] {
         let direction: Vec<f64> =
             rng.normals(x.len()).into_iter().map(|v| unit * f64::from(v)).collect();
         let mut difference = |step: f64| {

@@ -105,3 +105,40 @@ fn awkward_models_run_and_differentiate_as_onnx_runtime_says() {
     let Some(folder) = shared("data/zoo_edge") else { return };
     check_folder(&folder, &[]);
 }
+
+#[test]
+fn models_without_statistics_get_stand_ins_and_the_others_keep_their_own() {
+    let folder = repository().join("zoo");
+    let layers = |name: &str, surrogate| {
+        let (spec, _) = black::spec_from_sidecar(&folder, name);
+        let model = metazoa::onnx::load(&spec.path, &folder).unwrap();
+        WhiteTeacher::new(spec, model.graph, surrogate).unwrap().statistics_layers()
+    };
+    // Four convolutions, their BatchNormalization folded into them or beside them.
+    let folded = "edge_export_dynamo_default";
+    assert_eq!(layers(folded, Surrogate::Off), 0);
+    assert_eq!(layers(folded, Surrogate::Auto), 4);
+    assert_eq!(layers("edge_softmax", Surrogate::Off), 4);
+    assert_eq!(layers("edge_softmax", Surrogate::Procedural), 4);
+}
+
+/// The statistics of images that fit are nearer to the stand-ins than those of noise.
+#[test]
+fn stand_ins_tell_the_training_images_from_noise() {
+    let folder = repository().join("zoo");
+    let (spec, _) = black::spec_from_sidecar(&folder, "edge_export_dynamo_default");
+    let model = metazoa::onnx::load(&spec.path, &folder).unwrap();
+    let white = WhiteTeacher::new(spec, model.graph, Surrogate::Unit).unwrap();
+    let glyphs = folder.join("images/glyphs");
+    let glyphs = metazoa::data::ImageFolder::open(&glyphs, Some("meta_val")).unwrap();
+    let (set, _) = glyphs.load([32, 32]).unwrap();
+    let glyphs = set.select(&(0..24).map(|i| i * set.len() / 24).collect::<Vec<_>>());
+    let loss = metazoa::methods::parts::CrossEntropy::new(vec![0; 24]);
+    let objective = metazoa::access::Objective { logits: &loss, statistics_weight: 1.0 };
+    let statistics = |images: &Images| {
+        let mut rng = RngStream::new(0, "test", "", 0);
+        white.image_gradient(images, &objective, &mut rng).unwrap().statistics_loss
+    };
+    let (ours, noise) = (statistics(&glyphs), statistics(&images(24, 32)));
+    assert!(ours < 0.7 * noise, "glyphs {ours:.2}, noise {noise:.2}");
+}

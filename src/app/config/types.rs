@@ -89,9 +89,10 @@ pub struct WhiteBoxConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum SurrogateName {
-    /// `unit` where BatchNormalization looks folded into the weights, else `procedural`.
+    /// `unit` where BatchNormalization looks folded into the weights, else `off`.
     Auto,
-    /// Mean 0 and variance 1 after each convolution: what a folded BatchNormalization makes.
+    /// Mean 0 and variance 1 after each convolution, in units estimated from its weights: what a folded
+    /// BatchNormalization makes.
     Unit,
     /// What the model makes of procedural images.
     Procedural,

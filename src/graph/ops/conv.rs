@@ -230,6 +230,17 @@ pub(super) fn plane(spatial: &[usize]) -> [usize; 2] {
     }
 }
 
+/// The deviation that each output channel had before a normalisation was folded into `weight`, from
+/// the length of its weights: training hardly changes the length that initialisation gives
+/// (PyTorch's default: 1 / sqrt(3), whatever the layer), and folding divides it by the deviation.
+fn units(weight: &ConstantTensor) -> Vec<f32> {
+    const LENGTH: f64 = 0.577_350_269_189_625_8;
+    let values = weight.to_f64();
+    let each = (values.len() / weight.shape[0].max(1)).max(1);
+    let length = |row: &[f64]| row.iter().map(|v| v * v).sum::<f64>().sqrt();
+    values.chunks_exact(each).map(|row| (LENGTH / length(row).max(1e-6)) as f32).collect()
+}
+
 fn conv<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
     let x = lower.input(node, 0)?;
     let weight = lower.input(node, 1)?;
@@ -238,7 +249,7 @@ fn conv<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> 
     let y = emit_conv(lower, node, &x, &weight, bias.as_deref())?;
     let plane: usize = y.shape()[2..].iter().product();
     // Gates of one value a channel (squeeze-and-excitation) were never normalised.
-    let y = if plane > 1 { watched(lower, node, y, weight.shape[0], plane) } else { y };
+    let y = if plane > 1 { watched(lower, node, y, units(&weight), plane) } else { y };
     lower.set_output(node, 0, y);
     Ok(())
 }

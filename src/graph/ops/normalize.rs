@@ -206,6 +206,7 @@ fn batch_normalization<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node)
         name: node.name.clone(),
         mean: single(&parameters[2]),
         var: single(&parameters[3]),
+        unit: Vec::new(),
     };
     let step = ChannelAffine {
         a,
@@ -221,14 +222,16 @@ fn batch_normalization<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node)
 }
 
 /// Emits `x` unchanged, its statistics tapped over all but the channel axis: axis 1 of [N, C, ...]
-/// where `plane` elements lie between channels, the last axis where `plane` is 1.
+/// where `plane` elements lie between channels, the last axis where `plane` is 1. Deviations count in
+/// `unit`, one a channel.
 pub(super) fn watched<T: Element>(
     lower: &mut Lower<'_, T>,
     node: &Node,
     x: Value,
-    channels: usize,
+    unit: Vec<f32>,
     plane: usize,
 ) -> Value {
+    let channels = unit.len();
     if lower.taps == Taps::Norms || x.constant().is_some() || channels == 0 {
         return x;
     }
@@ -240,7 +243,7 @@ pub(super) fn watched<T: Element>(
         statistics: Statistics::Tapped,
     };
     let (mean, var) = (vec![0.0; channels], vec![1.0; channels]);
-    let tap = TapReference { name: node.name.clone(), mean, var };
+    let tap = TapReference { name: node.name.clone(), mean, var, unit };
     let shape = x.shape().to_vec();
     lower.emit_tapped(Box::new(step), &[x], shape, Some(tap))
 }
@@ -329,7 +332,7 @@ fn layer_normalization<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node)
     let x = lower.input(node, 0)?;
     let axis = axis_index(node.int("axis", -1)?, x.rank())?;
     let group: usize = x.shape()[axis..].iter().product();
-    let x = if axis + 1 == x.rank() { watched(lower, node, x, group, 1) } else { x };
+    let x = if axis + 1 == x.rank() { watched(lower, node, x, vec![1.0; group], 1) } else { x };
     let centre = if node.op_type == "RMSNormalization" { Centre::Zero } else { Centre::Mean };
     let epsilon = f64::from(node.float("epsilon", 1e-5)?);
     let mut y = standardize(lower, &x, group, epsilon, centre);
