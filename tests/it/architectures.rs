@@ -2,7 +2,7 @@
 //! central differences. The small ones always; all of them with `METAZOA_ARCHITECTURES=all`, which
 //! writes the table `docs/architectures.md` (an hour on two cores).
 
-use std::fmt::Write;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_onnx::onnx::{ModelProto, TensorProto};
@@ -41,14 +41,13 @@ fn hydrated(path: &Path, seed: u64) -> ModelProto {
     model
 }
 
-fn row(text: &mut String, name: &str, found: &InspectResult) {
+fn row(name: &str, found: &InspectResult) -> String {
     let (architecture, export) = name.split_once('.').unwrap_or((name, ""));
     let figure = |value: Option<f64>| value.map_or("-".into(), |v| format!("{v:.1e}"));
     let whole = |value: Option<f64>| value.map_or("-".into(), |v| format!("{v:.0}"));
     let size = found.model.spec.preprocess.input_size[1];
-    writeln!(
-        text,
-        "| {architecture} | {export} | {size} | {} | {} | {} | {} | {} | {} | {} |",
+    format!(
+        "| {architecture} | {export} | {size} | {} | {} | {} | {} | {} | {} | {} |\n",
         figure(found.output_rel_err),
         figure(found.gradient_rel_err),
         figure(found.gradient_noise),
@@ -57,7 +56,13 @@ fn row(text: &mut String, name: &str, found: &InspectResult) {
         whole(found.runtime_open_ms),
         whole(found.peak_mib),
     )
-    .unwrap();
+}
+
+/// Weights of the network behind a file.
+fn weights(path: &Path) -> i64 {
+    let model = ModelProto::decode(std::fs::read(path).unwrap().as_slice()).unwrap();
+    let tensors = model.graph.iter().flat_map(|graph| &graph.initializer);
+    tensors.map(|tensor| tensor.dims.iter().product::<i64>()).sum()
 }
 
 const HEAD: &str = "\
@@ -86,10 +91,11 @@ fn architectures_run_and_differentiate_as_onnx_runtime_says() {
         .filter(|name| wanted == "all" || name.starts_with("conv4.") || name.starts_with("tv_vit."))
         .filter(|name| wanted.is_empty() || wanted == "all" || name.contains(&wanted))
         .collect();
-    names.sort();
     assert!(names.len() >= 4, "{names:?}");
+    // The small ones first: an hour may be cut short.
+    names.sort_by_cached_key(|name| weights(&folder.join(format!("{name}.onnx"))));
     let scratch = temp_dir();
-    let mut table = HEAD.to_owned();
+    let mut rows = BTreeMap::new();
     let mut wrong = Vec::new();
     for name in &names {
         let model = scratch.path().join(format!("{name}.onnx"));
@@ -102,8 +108,8 @@ fn architectures_run_and_differentiate_as_onnx_runtime_says() {
         };
         match inspect(&Context::silent(3), &options) {
             Ok(found) => {
-                row(&mut table, name, &found);
-                eprintln!("{}", table.lines().last().unwrap_or_default());
+                eprint!("{}", row(name, &found));
+                rows.insert(name.clone(), row(name, &found));
                 let output = found.output_rel_err.unwrap_or(f64::NAN);
                 let gradient = found.gradient_rel_err.unwrap_or(f64::NAN);
                 let right = found.access == Access::WhiteBox && output < 1e-4 && gradient < 1e-4;
@@ -114,9 +120,11 @@ fn architectures_run_and_differentiate_as_onnx_runtime_says() {
             Err(error) => wrong.push(format!("{name}: {error}")),
         }
         std::fs::remove_file(&model).unwrap();
-    }
-    if wanted == "all" {
-        std::fs::write(repository().join("docs/architectures.md"), table).unwrap();
+        if wanted == "all" {
+            let table: String = rows.values().map(String::as_str).collect();
+            let path = repository().join("docs/architectures.md");
+            std::fs::write(path, format!("{HEAD}{table}")).unwrap();
+        }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }

@@ -1,7 +1,7 @@
 //! Operators that move values without changing them: Transpose, Concat, Split, Slice, Expand, Tile,
 //! Pad, DepthToSpace, SpaceToDepth.
 
-use super::rearrange::{Source, indices, rearrange};
+use super::rearrange::{Source, indices, rearrange, rearrange_stretches};
 use super::shape::axes;
 use super::{Rule, axis_index, broadcast_shape, strides};
 use crate::error::{Error, Result};
@@ -41,8 +41,12 @@ pub(super) fn permute<T: Element>(
     let input_strides = strides(x.shape());
     let shape: Vec<usize> = permutation.iter().map(|&axis| x.shape()[axis]).collect();
     let moved: Vec<usize> = permutation.iter().map(|&axis| input_strides[axis]).collect();
-    let map = indices(&shape).map(move |index| at(dot(&index, &moved)));
-    rearrange(lower, std::slice::from_ref(x), shape, 0.0, map)
+    // Trailing axes that stay are copied in one piece.
+    let stay = (0..shape.len()).rev().take_while(|&axis| permutation[axis] == axis).count();
+    let outer = shape.len() - stay;
+    let piece: usize = shape[outer..].iter().product();
+    let stretches = indices(&shape[..outer]).map(|index| (at(dot(&index, &moved)), piece));
+    rearrange_stretches(lower, std::slice::from_ref(x), shape.clone(), 0.0, stretches)
 }
 
 fn transpose<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
@@ -89,13 +93,11 @@ pub(super) fn side_by_side<T: Element>(
     let outer: usize = shape[..axis].iter().product();
     let inner: usize = shape[axis + 1..].iter().product();
     let widths: Vec<usize> = parts.iter().map(|part| part.shape()[axis] * inner).collect();
-    let map = (0..outer).flat_map(move |row| {
-        let widths = widths.clone();
-        widths.into_iter().enumerate().flat_map(move |(input, width)| {
-            (0..width).map(move |i| Source::Element { input, at: row * width + i })
-        })
+    let stretches = (0..outer).flat_map(|row| {
+        let parts = widths.iter().enumerate();
+        parts.map(move |(input, &width)| (Source::Element { input, at: row * width }, width))
     });
-    rearrange(lower, parts, shape.clone(), 0.0, map)
+    rearrange_stretches(lower, parts, shape, 0.0, stretches)
 }
 
 fn concat<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
@@ -121,10 +123,8 @@ pub(super) fn part<T: Element>(
     let (size, inner): (usize, usize) = (shape[axis], shape[axis + 1..].iter().product());
     let outer: usize = shape[..axis].iter().product();
     shape[axis] = length;
-    let map = (0..outer).flat_map(move |row| {
-        (0..length * inner).map(move |i| at((row * size + start) * inner + i))
-    });
-    rearrange(lower, std::slice::from_ref(x), shape, 0.0, map)
+    let stretches = (0..outer).map(|row| (at((row * size + start) * inner), length * inner));
+    rearrange_stretches(lower, std::slice::from_ref(x), shape, 0.0, stretches)
 }
 
 fn split<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
@@ -203,13 +203,17 @@ fn slice<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()>
         step[axis] = by;
     }
     let input_strides = strides(x.shape());
-    let map = indices(&shape).map(move |index| {
+    // The last axis in one piece where nothing is left out of it.
+    let outer = if rank > 0 && step[rank - 1] == 1 { rank - 1 } else { rank };
+    let piece: usize = shape[outer..].iter().product();
+    let start: i64 = (outer..rank).map(|a| first[a] * input_strides[a] as i64).sum();
+    let stretches = indices(&shape[..outer]).map(|index| {
         let position: i64 = (0..index.len())
             .map(|a| (first[a] + index[a] as i64 * step[a]) * input_strides[a] as i64)
             .sum();
-        at(position as usize)
+        (at((start + position) as usize), piece)
     });
-    let y = rearrange(lower, &[x], shape.clone(), 0.0, map)?;
+    let y = rearrange_stretches(lower, &[x], shape.clone(), 0.0, stretches)?;
     lower.set_output(node, 0, y);
     Ok(())
 }

@@ -40,21 +40,26 @@ struct Rearrange<T> {
     fill: T,
 }
 
-fn runs(map: impl Iterator<Item = Source>) -> Vec<Run> {
+/// Stretches of consecutive output elements, joined where one goes on from the last.
+fn runs(stretches: impl Iterator<Item = (Source, usize)>) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
-    for (to, source) in map.enumerate() {
+    let mut to = 0;
+    for (source, length) in stretches {
+        let length = length as u32;
         let (input, from) = match source {
             Source::Element { input, at } => (input as u32, at as u32),
             Source::Fill => (FILL, 0),
         };
-        if let Some(last) = runs.last_mut()
-            && last.input == input
-            && (input == FILL || last.from + last.length == from)
-        {
-            last.length += 1;
-            continue;
+        match runs.last_mut() {
+            Some(last)
+                if last.input == input && (input == FILL || last.from + last.length == from) =>
+            {
+                last.length += length;
+            }
+            _ if length == 0 => {}
+            _ => runs.push(Run { input, from, to, length }),
         }
-        runs.push(Run { input, from, to: to as u32, length: 1 });
+        to += length;
     }
     runs
 }
@@ -110,12 +115,27 @@ pub(super) fn rearrange<T: Element>(
     fill: f64,
     map: impl Iterator<Item = Source>,
 ) -> Result<Value> {
+    rearrange_stretches(lower, sources, shape, fill, map.map(|source| (source, 1)))
+}
+
+/// As [`rearrange`], with the map given in stretches: a source and how many elements follow from
+/// there.
+///
+/// # Errors
+/// As [`rearrange`].
+pub(super) fn rearrange_stretches<T: Element>(
+    lower: &mut Lower<'_, T>,
+    sources: &[Value],
+    shape: Vec<usize>,
+    fill: f64,
+    stretches: impl Iterator<Item = (Source, usize)>,
+) -> Result<Value> {
     let length: usize = shape.iter().product();
     let largest = sources.iter().map(Value::len).chain([length]).max().unwrap_or(0);
     if largest >= u32::MAX as usize || length > super::shape::CONSTANT_LIMIT {
         return Err(Error::unsupported(format!("makes a tensor of shape `{shape:?}`")));
     }
-    let runs = runs(map);
+    let runs = runs(stretches);
     let constants: Option<Vec<_>> = sources.iter().map(|s| s.constant().cloned()).collect();
     match constants {
         Some(constants) if !constants.is_empty() => {
