@@ -4,16 +4,18 @@
 
 use std::sync::Arc;
 
+use rayon::prelude::*;
+
 pub(super) use super::arithmetic::Binary;
 use super::arrange::broadcast_strides;
-use super::elementwise::{Function, apply};
+use super::elementwise::{CHUNK, Function, apply};
 use super::rearrange::indices;
 use super::shape::wrap;
 use super::{Rule, broadcast_shape};
 use crate::error::{Error, Result};
 use crate::graph::ir::{ConstantData, ConstantTensor, DataType, Node};
 use crate::graph::plan::{Differentiable, Lower, Needs, Step, StepState, Target, Value};
-use crate::tensor::kernels::Element;
+use crate::tensor::kernels::{Element, map};
 
 /// How positions of one operand follow the output's.
 #[derive(Debug, Clone)]
@@ -70,6 +72,53 @@ struct BinaryStep {
     spreads: [Spread; 2],
 }
 
+impl BinaryStep {
+    /// `output = f(a, b)`, tasks of whole rows of one channel or of plain stretches.
+    fn fill<T: Element>(
+        &self,
+        a: &[T],
+        b: &[T],
+        output: &mut [T],
+        f: impl Fn(T, T) -> T + Sync + Send,
+    ) {
+        match &self.spreads {
+            [Spread::Same, Spread::Same] => map::zip(a, b, output, f),
+            [Spread::Same, Spread::Scalar] => {
+                let b = b[0];
+                map::map(a, output, |a| f(a, b));
+            }
+            [Spread::Same, Spread::Channel { inner, count }] if *inner > 1 => {
+                rows(output, *inner, |row, y, range| {
+                    let b = b[row % count];
+                    y.iter_mut().zip(&a[range]).for_each(|(y, &a)| *y = f(a, b));
+                });
+            }
+            [Spread::Channel { inner, count }, Spread::Same] if *inner > 1 => {
+                rows(output, *inner, |row, y, range| {
+                    let a = a[row % count];
+                    y.iter_mut().zip(&b[range]).for_each(|(y, &b)| *y = f(a, b));
+                });
+            }
+            spreads => for_each(output.len(), spreads, |i, j, k| output[i] = f(a[j], b[k])),
+        }
+    }
+}
+
+/// Calls `work(row, its output, its range)` for all rows of `inner` elements, many to a task.
+fn rows<T: Element>(
+    output: &mut [T],
+    inner: usize,
+    work: impl Fn(usize, &mut [T], std::ops::Range<usize>) + Sync + Send,
+) {
+    let many = (CHUNK / inner).max(1);
+    output.par_chunks_mut(inner * many).enumerate().for_each(|(task, output)| {
+        for (i, y) in output.chunks_exact_mut(inner).enumerate() {
+            let row = task * many + i;
+            work(row, y, row * inner..(row + 1) * inner);
+        }
+    });
+}
+
 /// Visits (i, position in a, position in b) for all outputs, with loops the compiler can unroll for
 /// the common spreads.
 #[inline(always)]
@@ -100,11 +149,11 @@ fn for_each(length: usize, spreads: &[Spread; 2], mut visit: impl FnMut(usize, u
 impl<T: Element> Step<T> for BinaryStep {
     fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
         let (a, b) = (inputs[0], inputs[1]);
-        let length = output.len();
+        // The common functions get loops of their own, which the compiler vectorises.
         match self.function {
-            Binary::Add => for_each(length, &self.spreads, |i, j, k| output[i] = a[j] + b[k]),
-            Binary::Mul => for_each(length, &self.spreads, |i, j, k| output[i] = a[j] * b[k]),
-            f => for_each(length, &self.spreads, |i, j, k| output[i] = f.value(a[j], b[k])),
+            Binary::Add => self.fill(a, b, output, |a, b| a + b),
+            Binary::Mul => self.fill(a, b, output, |a, b| a * b),
+            f => self.fill(a, b, output, |a, b| f.value(a, b)),
         }
     }
 
@@ -130,6 +179,21 @@ impl<T: Element> Step<T> for BinaryStep {
                 (Binary::Sub, _) => return target.put_map(d_output, |g| -g),
                 _ => {}
             }
+        }
+        if let [Spread::Same, Spread::Same] = self.spreads {
+            let (a, b, mode) = (inputs[0], inputs[1], target.mode);
+            let f = self.function;
+            target.data.par_chunks_mut(CHUNK).enumerate().for_each(|(task, d)| {
+                let range = task * CHUNK..task * CHUNK + d.len();
+                let (a, b, dy) = (&a[range.clone()], &b[range.clone()], &d_output[range]);
+                let target = Target { data: d, mode };
+                match (f, which) {
+                    (Binary::Mul, 0) => target.put_zip(dy, b, |g, b| g * b),
+                    (Binary::Mul, _) => target.put_zip(dy, a, |g, a| g * a),
+                    _ => target.put(|i| dy[i] * f.slopes(a[i], b[i])[which]),
+                }
+            });
+            return;
         }
         target.clear_if_fresh();
         let length = d_output.len();

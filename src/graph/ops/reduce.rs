@@ -5,11 +5,12 @@ use rayon::prelude::*;
 
 use super::Rule;
 use super::arrange::{permute, sorted_axes};
-use super::elementwise::{Function, apply};
+use super::elementwise::{CHUNK, Function, apply};
 use crate::error::Result;
 use crate::graph::ir::Node;
 use crate::graph::plan::{Lower, Needs, Step, StepState, Target, Value};
 use crate::tensor::kernels::Element;
+use crate::tensor::kernels::map::sum_axis;
 
 /// How the elements of a group become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +58,14 @@ impl Reduce {
 impl<T: Element> Step<T> for Reduce {
     fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
         let x = inputs[0];
+        if let Reduction::Sum | Reduction::Mean = self.kind {
+            sum_axis(x, self.group, self.inner, output);
+            if self.kind == Reduction::Mean {
+                let count = T::of(self.group as f64);
+                output.iter_mut().for_each(|y| *y = *y / count);
+            }
+            return;
+        }
         output.par_iter_mut().with_min_len(256).enumerate().for_each(|(o, y)| {
             *y = self.value(x, o);
         });
@@ -85,12 +94,21 @@ impl<T: Element> Step<T> for Reduce {
             };
             let block = self.group * self.inner;
             let mode = target.mode;
-            let rows = target.data.chunks_exact_mut(block).zip(d_output.chunks_exact(self.inner));
-            for (d, dy) in rows {
-                for d in d.chunks_exact_mut(self.inner) {
-                    Target { data: d, mode }.put_map(dy, |g| g * share);
+            // Blocks of one value are too small to be a task each.
+            let many = (CHUNK / block.max(1)).max(1);
+            let rows = target.data.par_chunks_mut(block * many);
+            rows.zip(d_output.par_chunks(self.inner * many)).for_each(|(d, dy)| {
+                for (d, dy) in d.chunks_exact_mut(block).zip(dy.chunks_exact(self.inner)) {
+                    match dy {
+                        &[g] => Target { data: d, mode }.put(|_| g * share),
+                        _ => {
+                            for d in d.chunks_exact_mut(self.inner) {
+                                Target { data: d, mode }.put_map(dy, |g| g * share);
+                            }
+                        }
+                    }
                 }
-            }
+            });
             return;
         }
         target.clear_if_fresh();
