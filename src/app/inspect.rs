@@ -60,6 +60,8 @@ pub struct InspectResult {
     pub unsupported_ops: Vec<String>,
     /// Log-softmax of our logits against ONNX Runtime's; null when not checked.
     pub output_rel_err: Option<f64>,
+    /// The network's own distance between its `f32` and its `f64` output.
+    pub output_noise: Option<f64>,
     /// Exact `f64` gradient along random directions against central differences.
     pub gradient_rel_err: Option<f64>,
     /// The network's own distance between its `f32` and its `f64` gradient.
@@ -87,6 +89,7 @@ pub fn inspect(context: &Context, options: &InspectOptions) -> Result<InspectRes
         norm_taps: model.spec.norm_taps,
         unsupported_ops: model.spec.unsupported_ops.clone(),
         output_rel_err: None,
+        output_noise: None,
         gradient_rel_err: None,
         gradient_noise: None,
         compile_ms: None,
@@ -124,6 +127,7 @@ fn check(context: &Context, options: &InspectOptions, result: &mut InspectResult
     let found = check_gradient(white.graph(), &white.options(n), &input, context.seed)?;
     result.gradient_rel_err = Some(found.gradient_rel_err);
     result.gradient_noise = Some(found.gradient_noise);
+    result.output_noise = Some(found.output_noise);
     let ours = white.logits(&images)?;
     let asked = BlackOptions {
         zero_order: ZeroOrder {

@@ -47,8 +47,9 @@ fn row(name: &str, found: &InspectResult) -> String {
     let whole = |value: Option<f64>| value.map_or("-".into(), |v| format!("{v:.0}"));
     let size = found.model.spec.preprocess.input_size[1];
     format!(
-        "| {architecture} | {export} | {size} | {} | {} | {} | {} | {} | {} | {} |\n",
+        "| {architecture} | {export} | {size} | {} | {} | {} | {} | {} | {} | {} | {} |\n",
         figure(found.output_rel_err),
+        figure(found.output_noise),
         figure(found.gradient_rel_err),
         figure(found.gradient_noise),
         found.norm_taps,
@@ -70,14 +71,14 @@ const HEAD: &str = "\
 
 Real graphs of ../shared/fixtures/architectures with random weights, white-box. Errors are relative norms:
 the output (log-softmax) against ONNX Runtime; the gradient in f64 against central differences; beside
-it the network's own distance between its f32 and its f64 gradient (kinks of ReLU: two right programs differ as
-much). Times and memory are for reading the file and compiling it for one image (two below 65 pixels), on
+each the network's own distance between f32 and f64 (rounding; for the gradient the kinks of ReLU: two right
+programs differ as much). Times and memory are for reading the file and compiling it for one image (two below 65 pixels), on
 two busy cores: read them as ratios.
 
 `METAZOA_ARCHITECTURES=all cargo xtask test --test it architectures` writes this table.
 
-| architecture | export | size | output error | gradient error | f32 gradient noise | BN taps | compile ms | ONNX Runtime opens ms | peak MiB |
-|---|---|---|---|---|---|---|---|---|---|
+| architecture | export | size | output error | f32 output noise | gradient error | f32 gradient noise | BN taps | compile ms | ONNX Runtime opens ms | peak MiB |
+|---|---|---|---|---|---|---|---|---|---|---|
 ";
 
 #[test]
@@ -112,7 +113,11 @@ fn architectures_run_and_differentiate_as_onnx_runtime_says() {
                 rows.insert(name.clone(), row(name, &found));
                 let output = found.output_rel_err.unwrap_or(f64::NAN);
                 let gradient = found.gradient_rel_err.unwrap_or(f64::NAN);
-                let right = found.access == Access::WhiteBox && output < 1e-4 && gradient < 1e-4;
+                // Random weights amplify rounding: two right programs differ as f32 and f64 do.
+                let rounding = found.output_noise.unwrap_or(0.0);
+                let right = found.access == Access::WhiteBox
+                    && output < 1e-4_f64.max(10.0 * rounding)
+                    && gradient < 1e-4;
                 if !right {
                     wrong.push(format!("{name}: output {output:.1e}, gradient {gradient:.1e}"));
                 }

@@ -67,6 +67,7 @@ fn table(result: &InspectResult) -> String {
     let figure = |value: Option<f64>| value.map(|v| format!("{v:.2e}"));
     for (name, value) in [
         ("output error", figure(result.output_rel_err)),
+        ("output noise", figure(result.output_noise)),
         ("gradient error", figure(result.gradient_rel_err)),
         ("gradient noise", figure(result.gradient_noise)),
         ("compile", result.compile_ms.map(|v| format!("{v:.1} ms"))),
