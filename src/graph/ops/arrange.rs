@@ -1,8 +1,9 @@
-//! Operators that move values without changing them: Transpose, Concat, Split, Slice, Expand, Tile,
+//! Operators that move values without changing them: Concat, Split, Slice, Expand, Tile,
 //! Pad, DepthToSpace, SpaceToDepth.
 
 use super::rearrange::{Source, indices, rearrange, rearrange_stretches};
 use super::shape::axes;
+use super::transpose::permute;
 use super::{Rule, axis_index, broadcast_shape, strides};
 use crate::error::{Error, Result};
 use crate::graph::ir::Node;
@@ -11,7 +12,6 @@ use crate::tensor::kernels::Element;
 
 pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
     Some(match op {
-        "Transpose" => transpose,
         "Concat" => concat,
         "Split" => split,
         "Slice" => slice,
@@ -24,46 +24,12 @@ pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
     })
 }
 
-fn at(position: usize) -> Source {
+pub(super) fn at(position: usize) -> Source {
     Source::Element { input: 0, at: position }
 }
 
 pub(super) fn dot(index: &[usize], strides: &[usize]) -> usize {
     index.iter().zip(strides).map(|(i, s)| i * s).sum()
-}
-
-/// Emits a transposition of `x` by `permutation` (output axis -> input axis).
-pub(super) fn permute<T: Element>(
-    lower: &mut Lower<'_, T>,
-    x: &Value,
-    permutation: &[usize],
-) -> Result<Value> {
-    let input_strides = strides(x.shape());
-    let shape: Vec<usize> = permutation.iter().map(|&axis| x.shape()[axis]).collect();
-    let moved: Vec<usize> = permutation.iter().map(|&axis| input_strides[axis]).collect();
-    // Trailing axes that stay are copied in one piece.
-    let stay = (0..shape.len()).rev().take_while(|&axis| permutation[axis] == axis).count();
-    let outer = shape.len() - stay;
-    let piece: usize = shape[outer..].iter().product();
-    let stretches = indices(&shape[..outer]).map(|index| (at(dot(&index, &moved)), piece));
-    rearrange_stretches(lower, std::slice::from_ref(x), shape.clone(), 0.0, stretches)
-}
-
-fn transpose<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
-    let x = lower.input(node, 0)?;
-    let rank = x.rank();
-    let permutation: Vec<usize> = match node.ints("perm")? {
-        Some(perm) => perm.iter().map(|&a| axis_index(a, rank)).collect::<Result<_>>()?,
-        None => (0..rank).rev().collect(),
-    };
-    let mut sorted = permutation.clone();
-    sorted.sort_unstable();
-    if sorted != (0..rank).collect::<Vec<_>>() {
-        return Err(Error::input(format!("`perm` is no permutation of {rank} axes")));
-    }
-    let y = permute(lower, &x, &permutation)?;
-    lower.set_output(node, 0, y);
-    Ok(())
 }
 
 /// Emits `parts` one after the other along `axis`.

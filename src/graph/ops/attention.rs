@@ -3,13 +3,14 @@
 
 use std::sync::Arc;
 
-use super::arrange::{permute, side_by_side};
+use super::arrange::side_by_side;
 use super::binary::{Binary, emit};
 use super::elementwise::{Function, apply};
 use super::matmul::product;
 use super::rearrange::{Source, rearrange};
 use super::select::choose;
 use super::softmax::masked_softmax;
+use super::transpose::permute;
 use super::{Rule, broadcast_shape};
 use crate::error::{Error, Result};
 use crate::graph::ir::{ConstantData, ConstantTensor, DataType, Node};

@@ -3,7 +3,7 @@
 //! attention. Each is composed of what the standard operators emit.
 
 use super::Rule;
-use super::arrange::{part, permute};
+use super::arrange::part;
 use super::attention::{Scores, attend, floats, merge_heads, split_heads};
 use super::binary::{Binary, emit};
 use super::conv::emit_conv;
@@ -12,6 +12,7 @@ use super::matmul::{emit_gemm, product};
 use super::normalize::{Centre, moments, standardize};
 use super::quantize::along;
 use super::quantized_contrib::{channels_first, channels_last, image_rank, softmax_rows};
+use super::transpose::permute;
 use super::{arrange, axis_index, normalize, select};
 use crate::error::{Error, Result};
 use crate::graph::ir::{Attribute, Node};

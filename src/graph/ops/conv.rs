@@ -12,10 +12,11 @@ use super::window::{Slide, slides, two_axes};
 use crate::error::{Error, Result};
 use crate::graph::ir::{ConstantTensor, Node};
 use crate::graph::plan::{
-    Lower, Mode, Needs, Step, StepState, Target, Value, data_dependent, elements,
+    Lower, Mode, Needs, Step, StepState, Taps, Target, Value, data_dependent, elements,
 };
 use crate::tensor::kernels::Element;
 use crate::tensor::kernels::conv::{Conv2dGeometry, conv2d, conv2d_input_gradient};
+use crate::tensor::kernels::map::sum_of;
 
 pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
     match op {
@@ -218,7 +219,7 @@ pub(super) fn depth_first<T: Element>(
     let x = lower.reshape(x, split)?;
     let mut order: Vec<usize> = (0..x.rank()).collect();
     order.swap(1, 2);
-    super::arrange::permute(lower, &x, &order)
+    super::transpose::permute(lower, &x, &order)
 }
 
 /// Height and width of the spatial axes of an [N, C, ...] value; one axis becomes one row.
@@ -233,12 +234,11 @@ pub(super) fn plane(spatial: &[usize]) -> [usize; 2] {
 /// The deviation that each output channel had before a normalisation was folded into `weight`, from
 /// the length of its weights: training hardly changes the length that initialisation gives
 /// (PyTorch's default: 1 / sqrt(3), whatever the layer), and folding divides it by the deviation.
-fn units(weight: &ConstantTensor) -> Vec<f32> {
+fn units<T: Element>(weights: &[T], channels: usize) -> Vec<f32> {
     const LENGTH: f64 = 0.577_350_269_189_625_8;
-    let values = weight.to_f64();
-    let each = (values.len() / weight.shape[0].max(1)).max(1);
-    let length = |row: &[f64]| row.iter().map(|v| v * v).sum::<f64>().sqrt();
-    values.chunks_exact(each).map(|row| (LENGTH / length(row).max(1e-6)) as f32).collect()
+    let each = (weights.len() / channels.max(1)).max(1);
+    let length = |row: &[T]| sum_of(row, |v| v * v).f64().sqrt();
+    weights.chunks_exact(each).map(|row| (LENGTH / length(row).max(1e-6)) as f32).collect()
 }
 
 fn conv<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
@@ -249,7 +249,14 @@ fn conv<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> 
     let y = emit_conv(lower, node, &x, &weight, bias.as_deref())?;
     let plane: usize = y.shape()[2..].iter().product();
     // Gates of one value a channel (squeeze-and-excitation) were never normalised.
-    let y = if plane > 1 { watched(lower, node, y, units(&weight), plane) } else { y };
+    let tapped = plane > 1 && lower.taps == Taps::Activations;
+    let y = match tapped {
+        true => {
+            let units = units(&elements::<T>(&weight), weight.shape[0]);
+            watched(lower, node, y, units, plane)
+        }
+        false => y,
+    };
     lower.set_output(node, 0, y);
     Ok(())
 }

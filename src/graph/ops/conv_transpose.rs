@@ -134,7 +134,7 @@ fn transposed<T: Element>(
     let [n, d] = [xs[0], xs[2]];
     let mut order: Vec<usize> = (0..xs.len()).collect();
     order.swap(1, 2);
-    let planes = super::arrange::permute(lower, x, &order)?;
+    let planes = super::transpose::permute(lower, x, &order)?;
     let mut flat = vec![n * d, xs[1]];
     flat.extend_from_slice(&xs[3..]);
     let planes = lower.reshape(&planes, flat)?;

@@ -2,12 +2,12 @@
 //! at a time from the left.
 
 use super::Rule;
-use super::arrange::permute;
 use super::binary::{Binary, emit};
 use super::matmul::product;
 use super::rearrange::{Source, indices, rearrange};
 use super::reduce::{Reduction, reduce_axes};
 use super::strides;
+use super::transpose::permute;
 use crate::error::{Error, Result};
 use crate::graph::ir::Node;
 use crate::graph::plan::{Lower, Value};

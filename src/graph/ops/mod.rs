@@ -18,6 +18,7 @@ mod elementwise;
 mod function;
 mod fusion;
 mod gather;
+mod local_response;
 mod matmul;
 mod normalize;
 mod order;
@@ -34,6 +35,7 @@ mod scatter;
 mod select;
 mod shape;
 mod softmax;
+mod transpose;
 mod window;
 
 use std::collections::BTreeSet;
@@ -65,6 +67,7 @@ pub(crate) fn lookup<T: Element>(node: &Node) -> Option<Rule<T>> {
 fn standard<T: Element>(op: &str) -> Option<Rule<T>> {
     shape::rule(op)
         .or_else(|| arrange::rule(op))
+        .or_else(|| transpose::rule(op))
         .or_else(|| select::rule(op))
         .or_else(|| gather::rule(op))
         .or_else(|| scatter::rule(op))
@@ -72,6 +75,7 @@ fn standard<T: Element>(op: &str) -> Option<Rule<T>> {
         .or_else(|| conv_transpose::rule(op))
         .or_else(|| pool::rule(op))
         .or_else(|| normalize::rule(op))
+        .or_else(|| local_response::rule(op))
         .or_else(|| elementwise::rule(op))
         .or_else(|| binary::rule(op))
         .or_else(|| reduce::rule(op))

@@ -3,7 +3,7 @@
 
 use rayon::prelude::*;
 
-use super::arrange::permute;
+use super::transpose::permute;
 use super::{Rule, axis_index};
 use crate::error::{Error, Result};
 use crate::graph::ir::{DataType, Node};

@@ -6,7 +6,6 @@
 use std::sync::Arc;
 
 use super::Rule;
-use super::arrange::permute;
 use super::binary::{Binary, emit};
 use super::conv::emit_conv;
 use super::elementwise::{Function, apply};
@@ -14,6 +13,7 @@ use super::matmul::product;
 use super::quantize::{Scaling, along, dynamic, quantize};
 use super::quantized_contrib::{channels_first, channels_last};
 use super::shape::convert;
+use super::transpose::permute;
 use crate::error::{Error, Result};
 use crate::graph::ir::{ConstantTensor, DataType, Node};
 use crate::graph::plan::{Lower, Value, data_dependent};

@@ -1,13 +1,14 @@
 //! Operators on quantised numbers that ONNX Runtime's quantiser writes (domain com.microsoft): each
 //! computes with the numbers its inputs stand for, and quantises the result.
 
-use super::arrange::{permute, side_by_side};
+use super::arrange::side_by_side;
 use super::binary::{Binary, emit};
 use super::elementwise::{Function, apply};
 use super::pool::emit_pool;
 use super::quantize::{Scaling, dequantize, quantize};
 use super::reduce::{Reduction, reduce_axes};
 use super::softmax::masked_softmax;
+use super::transpose::permute;
 use super::{Rule, axis_index};
 use crate::error::{Error, Result};
 use crate::graph::ir::Node;

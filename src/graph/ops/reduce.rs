@@ -4,8 +4,9 @@
 use rayon::prelude::*;
 
 use super::Rule;
-use super::arrange::{permute, sorted_axes};
+use super::arrange::sorted_axes;
 use super::elementwise::{CHUNK, Function, apply};
+use super::transpose::permute;
 use crate::error::Result;
 use crate::graph::ir::Node;
 use crate::graph::plan::{Lower, Needs, Step, StepState, Target, Value};
@@ -62,7 +63,7 @@ impl<T: Element> Step<T> for Reduce {
             sum_axis(x, self.group, self.inner, output);
             if self.kind == Reduction::Mean {
                 let count = T::of(self.group as f64);
-                output.iter_mut().for_each(|y| *y = *y / count);
+                output.iter_mut().for_each(|y| *y /= count);
             }
             return;
         }

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::arrange::permute;
 use super::rearrange::indices;
 use super::resize::{POSITIONS, Sparse, along, cubic};
 use super::shape::CONSTANT_LIMIT;
+use super::transpose::permute;
 use super::{Rule, strides};
 use crate::error::{Error, Result};
 use crate::graph::ir::Node;

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::arrange::permute;
+use super::transpose::permute;
 use super::{Rule, axis_index};
 use crate::error::Result;
 use crate::graph::ir::Node;

@@ -141,7 +141,12 @@ pub struct Lower<'g, T> {
     /// Length of each run-time value.
     pub(super) lengths: Vec<usize>,
     node: Option<&'g Node>,
+    /// Nodes of sub-graphs lowered so far.
+    inlined: usize,
 }
+
+/// Nodes that loops may be unrolled to: nested, a file of some bytes could ask for any number.
+const INLINED: usize = 1 << 18;
 
 impl<'g, T: Element> Lower<'g, T> {
     pub(super) fn new(graph: &'g Graph) -> Self {
@@ -158,6 +163,7 @@ impl<'g, T: Element> Lower<'g, T> {
             steps: Vec::new(),
             lengths: Vec::new(),
             node: None,
+            inlined: 0,
         }
     }
 
@@ -192,6 +198,10 @@ impl<'g, T: Element> Lower<'g, T> {
             let (wanted, given) = (graph.inputs.len(), inputs.len());
             let text = format!("sub-graph `{}` takes {wanted} inputs, got {given}", graph.name);
             return Err(Error::input(text));
+        }
+        self.inlined += graph.nodes.len() + 1;
+        if self.inlined > INLINED {
+            return Err(Error::unsupported(format!("unrolls to more than `{INLINED}` nodes")));
         }
         let outside = self.values.clone();
         let node = self.node;
