@@ -28,11 +28,12 @@ pub(super) enum Level {
 }
 
 impl Level {
-    /// Output channels that one pass over an image computes.
-    fn channels(self) -> usize {
+    /// Output channels that one pass over an image computes, for groups of `outputs`: half as many
+    /// waste less where there are few (the gradient to an image has three).
+    fn channels(self, outputs: usize) -> usize {
         match self {
-            Self::Avx512 => 8,
-            Self::Avx2 => 4,
+            Self::Avx512 if outputs > 4 => 8,
+            Self::Avx512 | Self::Avx2 => 4,
         }
     }
 
@@ -174,8 +175,9 @@ struct Blocks {
 
 impl Blocks {
     fn new(g: &Conv2dGeometry, level: Level) -> Self {
-        let channels = level.channels();
-        Self { channels, count: (g.out_channels / g.groups).div_ceil(channels) }
+        let outputs = g.out_channels / g.groups;
+        let channels = level.channels(outputs);
+        Self { channels, count: outputs.div_ceil(channels) }
     }
 
     /// Weights of one block.
@@ -240,7 +242,7 @@ impl Blocks {
                 // SAFETY: the processor has the level's instructions (`Level::detected`). Reads reach at
                 // most `lanes` floats past the span of the last tap: into the next plane or the slack.
                 // Writes stay below `room` of each channel.
-                unsafe { work.run(level, now) };
+                unsafe { work.run(level, self.channels, now) };
                 done += now;
             }
             for channel in 0..used {
@@ -278,16 +280,19 @@ impl Work<'_> {
     /// # Safety
     /// The processor must have the level's instructions; `x` must be readable `vectors` vectors from
     /// each tap of each plane, `sums` writable so far from each channel's start.
-    unsafe fn run(self, level: Level, vectors: usize) {
+    unsafe fn run(self, level: Level, channels: usize, vectors: usize) {
         // SAFETY: passed on.
         unsafe {
-            match (level, vectors) {
-                (Level::Avx512, 1) => self.avx512::<1>(),
-                (Level::Avx512, 2) => self.avx512::<2>(),
-                (Level::Avx512, _) => self.avx512::<3>(),
-                (Level::Avx2, 1) => self.avx2::<1>(),
-                (Level::Avx2, 2) => self.avx2::<2>(),
-                (Level::Avx2, _) => self.avx2::<3>(),
+            match (level, channels, vectors) {
+                (Level::Avx512, 8, 1) => self.avx512::<8, 1>(),
+                (Level::Avx512, 8, 2) => self.avx512::<8, 2>(),
+                (Level::Avx512, 8, _) => self.avx512::<8, 3>(),
+                (Level::Avx512, _, 1) => self.avx512::<4, 1>(),
+                (Level::Avx512, _, 2) => self.avx512::<4, 2>(),
+                (Level::Avx512, _, _) => self.avx512::<4, 3>(),
+                (Level::Avx2, _, 1) => self.avx2::<4, 1>(),
+                (Level::Avx2, _, 2) => self.avx2::<4, 2>(),
+                (Level::Avx2, _, _) => self.avx2::<4, 3>(),
             }
         }
     }
@@ -295,11 +300,10 @@ impl Work<'_> {
     /// # Safety
     /// As [`Work::run`].
     #[target_feature(enable = "avx512f")]
-    unsafe fn avx512<const V: usize>(self) {
+    unsafe fn avx512<const O: usize, const V: usize>(self) {
         use std::arch::x86_64::{
             _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
         };
-        const O: usize = 8;
         let mut sums = [[_mm512_setzero_ps(); V]; O];
         let mut w = self.w.as_ptr();
         for channel in 0..self.channels {
@@ -334,11 +338,10 @@ impl Work<'_> {
     /// # Safety
     /// As [`Work::run`].
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn avx2<const V: usize>(self) {
+    unsafe fn avx2<const O: usize, const V: usize>(self) {
         use std::arch::x86_64::{
             _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps,
         };
-        const O: usize = 4;
         let mut sums = [[_mm256_setzero_ps(); V]; O];
         let mut w = self.w.as_ptr();
         for channel in 0..self.channels {
@@ -375,7 +378,7 @@ impl Work<'_> {
 impl Work<'_> {
     /// # Safety
     /// None: no level is ever detected here.
-    unsafe fn run(self, _level: Level, _vectors: usize) {}
+    unsafe fn run(self, _level: Level, _channels: usize, _vectors: usize) {}
 }
 
 #[cfg(test)]
