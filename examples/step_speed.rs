@@ -14,7 +14,8 @@ use metazoa::{Error, Result, onnx, zoo};
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let number = |at: usize, default| arguments.get(at).and_then(|v| v.parse().ok()).unwrap_or(default);
+    let number =
+        |at: usize, default| arguments.get(at).and_then(|v| v.parse().ok()).unwrap_or(default);
     let path = arguments.first().map_or("zoo/ss_001_glyphs_conv4_32.onnx", String::as_str);
     let (batch, steps): (usize, usize) = (number(1, 64), number(2, 20));
     let path = Path::new(path);

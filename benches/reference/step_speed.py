@@ -91,7 +91,7 @@ CASES = {"conv4": (conv4, "conv4.speed.onnx", 128), "resnet18": (resnet18, "resn
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="conv4, resnet18; default: both")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5)
@@ -100,7 +100,7 @@ def main():
     torch.set_num_threads(args.threads)
     ours_program = ROOT / "target/debug/examples/step_speed"
     environment = dict(os.environ, RAYON_NUM_THREADS=str(args.threads), ORT_DISABLE_TELEMETRY="1")
-    for case in args.cases:
+    for case in args.cases or CASES:
         build, name, batch = CASES[case]
         with tempfile.TemporaryDirectory() as folder:
             model = pathlib.Path(folder) / name
