@@ -181,10 +181,10 @@ mod tests {
             let x: Vec<f64> = (0..outer * rows * columns * piece).map(|v| v as f64).collect();
             let (mut y, mut back) = (vec![0.0; x.len()], vec![0.0; x.len()]);
             swap.run(&x, &mut y, |y, x| *y = x);
-            for i in 0..x.len() {
+            for (i, &value) in x.iter().enumerate() {
                 let (p, c) = (i % piece, i / piece % columns);
                 let (r, o) = (i / piece / columns % rows, i / piece / columns / rows);
-                assert_eq!(y[((o * columns + c) * rows + r) * piece + p], x[i]);
+                assert_eq!(y[((o * columns + c) * rows + r) * piece + p], value);
             }
             swap.reversed().run(&y, &mut back, |y, x| *y = x);
             assert_eq!(back, x);
