@@ -157,25 +157,24 @@ impl WhiteTeacher {
         let mut gradients = Vec::with_capacity(plan.tap_count());
         for (index, tap) in plan.taps(workspace).enumerate() {
             let mut pair = [Vec::new(), Vec::new()];
-            let own = || [&tap.reference.mean, &tap.reference.var];
             let [mean, var] = match &self.references {
                 Some(references) => references[index].each_ref(),
-                None => own(),
+                None => [&tap.reference.mean, &tap.reference.var],
             };
-            let unit = |channel: usize| tap.reference.unit.get(channel).copied().unwrap_or(1.0);
-            let units: [Vec<f32>; 2] = [
-                (0..mean.len()).map(unit).collect(),
-                (0..mean.len()).map(|channel| unit(channel) * unit(channel)).collect(),
-            ];
-            let sides = [(tap.mean, mean), (tap.var, var)];
-            for (((seen, wanted), unit), gradient) in sides.into_iter().zip(&units).zip(&mut pair) {
-                let difference =
-                    seen.iter().zip(wanted.iter()).zip(unit).map(|((s, w), u)| (s - w) * u);
+            // A variance counts in the square of a mean's unit.
+            let sides = [(tap.mean, mean, 1), (tap.var, var, 2)];
+            for ((seen, wanted, power), gradient) in sides.into_iter().zip(&mut pair) {
+                let units = tap.reference.unit.iter().map(|unit| unit.powi(power));
+                let difference = seen
+                    .iter()
+                    .zip(wanted.iter())
+                    .zip(units.clone())
+                    .map(|((s, w), u)| (s - w) * u);
                 let norm =
                     difference.clone().map(|d| f64::from(d) * f64::from(d)).sum::<f64>().sqrt();
                 total += norm;
                 let scale = if norm > 0.0 { weight / norm as f32 } else { 0.0 };
-                gradient.extend(difference.zip(unit).map(|(d, u)| d * u * scale));
+                gradient.extend(difference.zip(units).map(|(d, u)| d * u * scale));
             }
             gradients.push(pair);
         }

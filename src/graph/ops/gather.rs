@@ -41,9 +41,15 @@ impl Addresses {
 }
 
 /// `index` in `0..size`, counted from the end when negative.
-fn wrapped(index: i64, size: usize) -> Option<usize> {
-    let index = if index < 0 { index + size as i64 } else { index };
-    usize::try_from(index).ok().filter(|&i| i < size)
+///
+/// # Errors
+/// When it is outside.
+pub(super) fn wrapped(index: i64, size: usize) -> Result<usize> {
+    let from_start = if index < 0 { index + size as i64 } else { index };
+    usize::try_from(from_start)
+        .ok()
+        .filter(|&i| i < size)
+        .ok_or_else(|| Error::input(format!("index `{index}` is outside an axis of {size}")))
 }
 
 /// Looks up elements of input 0 at run-time indices, input 1; an index outside counts as the nearest.
@@ -121,11 +127,7 @@ fn look_up<T: Element>(
     for (output, &base) in addresses.base.iter().enumerate() {
         let mut position = base;
         for term in addresses.terms_of(output) {
-            let index = picks[term.at];
-            position += term.stride
-                * wrapped(index, term.size).ok_or_else(|| {
-                    Error::input(format!("index `{index}` is outside an axis of {}", term.size))
-                })?;
+            position += term.stride * wrapped(picks[term.at], term.size)?;
         }
         positions.push(position);
     }

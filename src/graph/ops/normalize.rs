@@ -205,7 +205,7 @@ fn batch_normalization<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node)
         name: node.name.clone(),
         mean: single(&parameters[2]),
         var: single(&parameters[3]),
-        unit: Vec::new(),
+        unit: vec![1.0; channels],
     };
     let step = ChannelAffine {
         a,

@@ -7,7 +7,7 @@ use super::transpose::permute;
 use super::{Rule, axis_index};
 use crate::error::{Error, Result};
 use crate::graph::ir::{DataType, Node};
-use crate::graph::plan::{Differentiable, Lower, Needs, Reads, Step, StepState, Target, Value};
+use crate::graph::plan::{Choice, Chosen, Lower, Needs, Reads, Step, StepState, Target, Value};
 use crate::tensor::kernels::Element;
 
 pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
@@ -88,8 +88,8 @@ impl<T: Element> Step<T> for Best {
 #[derive(Debug)]
 struct Positions(Ranking);
 
-impl<T: Element> Step<T> for Positions {
-    fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
+impl<T: Element> Choice<T> for Positions {
+    fn choose(&self, inputs: &[&[T]], output: &mut [T]) {
         let Ranking { row, k, .. } = self.0;
         for (y, x) in output.chunks_exact_mut(k).zip(inputs[0].chunks_exact(row)) {
             for (y, at) in y.iter_mut().zip(self.0.positions(x)) {
@@ -97,30 +97,14 @@ impl<T: Element> Step<T> for Positions {
             }
         }
     }
-
-    fn needs(&self) -> Needs {
-        Needs::NOTHING
-    }
-
-    fn backward(
-        &self,
-        _which: usize,
-        _inputs: &[&[T]],
-        _output: &[T],
-        _d_output: &[T],
-        mut target: Target<'_, T>,
-        _state: &StepState<T>,
-    ) {
-        target.clear_if_fresh();
-    }
-
-    fn differentiable(&self, _which: usize) -> Differentiable {
-        Differentiable::Choice
-    }
 }
 
 /// `x` with `axis` and the last axis exchanged (its own inverse).
-fn axis_last<T: Element>(lower: &mut Lower<'_, T>, x: &Value, axis: usize) -> Result<Value> {
+pub(super) fn axis_last<T: Element>(
+    lower: &mut Lower<'_, T>,
+    x: &Value,
+    axis: usize,
+) -> Result<Value> {
     let mut swap: Vec<usize> = (0..x.rank()).collect();
     if axis + 1 >= x.rank() {
         return Ok(x.clone());
@@ -150,7 +134,8 @@ fn top_k<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()>
     let values = axis_last(lower, &values, axis)?;
     lower.set_output(node, 0, values);
     if node.outputs.get(1).is_some_and(|name| !name.is_empty()) {
-        let at = lower.emit_as(DataType::Int64, Box::new(Positions(ranking)), &[rows], shape);
+        let at =
+            lower.emit_as(DataType::Int64, Box::new(Chosen(Positions(ranking))), &[rows], shape);
         let at = axis_last(lower, &at, axis)?;
         lower.set_output(node, 1, at);
     }
@@ -178,31 +163,11 @@ impl Extreme {
     }
 }
 
-impl<T: Element> Step<T> for Extreme {
-    fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
+impl<T: Element> Choice<T> for Extreme {
+    fn choose(&self, inputs: &[&[T]], output: &mut [T]) {
         for (y, x) in output.iter_mut().zip(inputs[0].chunks_exact(self.row)) {
             *y = T::of(self.position(x) as f64);
         }
-    }
-
-    fn needs(&self) -> Needs {
-        Needs::NOTHING
-    }
-
-    fn backward(
-        &self,
-        _which: usize,
-        _inputs: &[&[T]],
-        _output: &[T],
-        _d_output: &[T],
-        mut target: Target<'_, T>,
-        _state: &StepState<T>,
-    ) {
-        target.clear_if_fresh();
-    }
-
-    fn differentiable(&self, _which: usize) -> Differentiable {
-        Differentiable::Choice
     }
 }
 
@@ -224,7 +189,7 @@ fn arg_extreme<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Resu
         largest: node.op_type == "ArgMax",
         last: node.int("select_last_index", 0)? != 0,
     };
-    let mut y = lower.emit_as(DataType::Int64, Box::new(step), &[rows], shape.clone());
+    let mut y = lower.emit_as(DataType::Int64, Box::new(Chosen(step)), &[rows], shape.clone());
     if node.int("keepdims", 1)? == 0 {
         shape.remove(axis);
         y = lower.reshape(&y, shape)?;
@@ -239,33 +204,13 @@ struct Hardmax {
     row: usize,
 }
 
-impl<T: Element> Step<T> for Hardmax {
-    fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
+impl<T: Element> Choice<T> for Hardmax {
+    fn choose(&self, inputs: &[&[T]], output: &mut [T]) {
         let first = Extreme { row: self.row, largest: true, last: false };
         output.fill(T::ZERO);
         for (y, x) in output.chunks_exact_mut(self.row).zip(inputs[0].chunks_exact(self.row)) {
             y[first.position(x)] = T::ONE;
         }
-    }
-
-    fn needs(&self) -> Needs {
-        Needs::NOTHING
-    }
-
-    fn backward(
-        &self,
-        _which: usize,
-        _inputs: &[&[T]],
-        _output: &[T],
-        _d_output: &[T],
-        mut target: Target<'_, T>,
-        _state: &StepState<T>,
-    ) {
-        target.clear_if_fresh();
-    }
-
-    fn differentiable(&self, _which: usize) -> Differentiable {
-        Differentiable::Choice
     }
 }
 
@@ -276,11 +221,11 @@ fn hardmax<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<(
     let shape = x.shape().to_vec();
     let y = if old {
         let row = shape[axis..].iter().product::<usize>().max(1);
-        lower.emit(Box::new(Hardmax { row }), &[x], shape)
+        lower.emit(Box::new(Chosen(Hardmax { row })), &[x], shape)
     } else {
         let rows = axis_last(lower, &x, axis)?;
         let (row, shape) = (shape[axis].max(1), rows.shape().to_vec());
-        let y = lower.emit(Box::new(Hardmax { row }), &[rows], shape);
+        let y = lower.emit(Box::new(Chosen(Hardmax { row })), &[rows], shape);
         axis_last(lower, &y, axis)?
     };
     lower.set_output(node, 0, y);

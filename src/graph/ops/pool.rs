@@ -12,7 +12,7 @@ use super::reduce::{Reduction, norm, reduce_axes};
 use super::window::{Slide, Window, sizes, slides, two_axes};
 use crate::error::{Error, Result};
 use crate::graph::ir::{DataType, Node};
-use crate::graph::plan::{Differentiable, Lower, Needs, Step, StepState, Target, Value};
+use crate::graph::plan::{Choice, Chosen, Lower, Needs, Step, StepState, Target, Value};
 use crate::tensor::kernels::Element;
 use crate::tensor::kernels::blocks::first_max;
 
@@ -232,8 +232,8 @@ struct MaxPositions {
     column_major: bool,
 }
 
-impl<T: Element> Step<T> for MaxPositions {
-    fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
+impl<T: Element> Choice<T> for MaxPositions {
+    fn choose(&self, inputs: &[&[T]], output: &mut [T]) {
         let [height, width] = self.pool.input;
         let out_plane = self.pool.output[0] * self.pool.output[1];
         let (mut values, mut at) = (vec![T::ZERO; out_plane], vec![0; out_plane]);
@@ -246,26 +246,6 @@ impl<T: Element> Step<T> for MaxPositions {
                 *y = T::of((plane * height * width + inside) as f64);
             }
         }
-    }
-
-    fn needs(&self) -> Needs {
-        Needs::NOTHING
-    }
-
-    fn backward(
-        &self,
-        _which: usize,
-        _inputs: &[&[T]],
-        _output: &[T],
-        _d_output: &[T],
-        mut target: Target<'_, T>,
-        _state: &StepState<T>,
-    ) {
-        target.clear_if_fresh();
-    }
-
-    fn differentiable(&self, _which: usize) -> Differentiable {
-        Differentiable::Choice
     }
 }
 
@@ -384,7 +364,7 @@ fn pool<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> 
         let mut shape = x.shape()[..2].to_vec();
         shape.extend_from_slice(&output);
         let step = MaxPositions { pool, column_major };
-        let y = lower.emit_as(DataType::Int64, Box::new(step), &[x], shape);
+        let y = lower.emit_as(DataType::Int64, Box::new(Chosen(step)), &[x], shape);
         lower.set_output(node, 1, y);
     }
     Ok(())

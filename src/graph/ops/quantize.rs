@@ -13,7 +13,9 @@ use super::shape::data_type;
 use super::{Rule, axis_index, broadcast_shape};
 use crate::error::{Error, Result};
 use crate::graph::ir::{DataType, Node};
-use crate::graph::plan::{Differentiable, Lower, Needs, Rounding, Step, StepState, Target, Value};
+use crate::graph::plan::{
+    Choice, Chosen, Differentiable, Lower, Needs, Rounding, Step, StepState, Target, Value,
+};
 use crate::tensor::kernels::Element;
 
 pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
@@ -255,8 +257,8 @@ fn extremes<T: Element>(x: &[T]) -> (T, T) {
         .reduce(none, |a, b| (a.0.min(b.0), a.1.max(b.1)))
 }
 
-impl<T: Element> Step<T> for Measured {
-    fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
+impl<T: Element> Choice<T> for Measured {
+    fn choose(&self, inputs: &[&[T]], output: &mut [T]) {
         let (low, high) = extremes(inputs[0]);
         let scale = if high > low { (high - low) / T::of(255.0) } else { T::ONE };
         let value = match self {
@@ -264,26 +266,6 @@ impl<T: Element> Step<T> for Measured {
             Self::ZeroPoint => T::of(nearest((-low / scale).f64().clamp(0.0, 255.0))),
         };
         output.fill(value);
-    }
-
-    fn needs(&self) -> Needs {
-        Needs::NOTHING
-    }
-
-    fn backward(
-        &self,
-        _which: usize,
-        _inputs: &[&[T]],
-        _output: &[T],
-        _d_output: &[T],
-        mut target: Target<'_, T>,
-        _state: &StepState<T>,
-    ) {
-        target.clear_if_fresh();
-    }
-
-    fn differentiable(&self, _which: usize) -> Differentiable {
-        Differentiable::Choice
     }
 }
 
@@ -375,8 +357,9 @@ pub(super) fn dequantize<T: Element>(
 /// Those of [`quantize`].
 pub(super) fn dynamic<T: Element>(lower: &mut Lower<'_, T>, x: &Value) -> Result<[Value; 3]> {
     let source = std::slice::from_ref(x);
-    let scale = lower.emit(Box::new(Measured::Scale), source, Vec::new());
-    let zero = lower.emit_as(DataType::Uint8, Box::new(Measured::ZeroPoint), source, Vec::new());
+    let scale = lower.emit(Box::new(Chosen(Measured::Scale)), source, Vec::new());
+    let zero =
+        lower.emit_as(DataType::Uint8, Box::new(Chosen(Measured::ZeroPoint)), source, Vec::new());
     let y = quantize(lower, x, &scale, Some(&zero), Scaling::Divide, DataType::Uint8)?;
     Ok([y, scale, zero])
 }

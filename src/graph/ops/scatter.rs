@@ -2,7 +2,7 @@
 //! ScatterND, TensorScatter, OneHot. Without a reduction they are copies.
 
 use super::binary::{Binary, emit};
-use super::gather::integers;
+use super::gather::{integers, wrapped};
 use super::rearrange::{Source, indices, rearrange};
 use super::{Rule, axis_index, strides};
 use crate::error::{Error, Result};
@@ -140,18 +140,6 @@ fn scatter<T: Element>(
         return rearrange(lower, &[x.clone(), updates.clone()], shape, 0.0, map.into_iter());
     }
     Ok(lower.emit(Box::new(Scatter { to, reduction }), &[x.clone(), updates.clone()], shape))
-}
-
-/// `index` in `0..size`, counted from the end when negative.
-///
-/// # Errors
-/// When it is outside.
-fn wrapped(index: i64, size: usize) -> Result<usize> {
-    let from_start = if index < 0 { index + size as i64 } else { index };
-    usize::try_from(from_start)
-        .ok()
-        .filter(|&i| i < size)
-        .ok_or_else(|| Error::input(format!("index `{index}` is outside an axis of {size}")))
 }
 
 fn scatter_elements<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::transpose::permute;
+use super::order::axis_last;
 use super::{Rule, axis_index};
 use crate::error::Result;
 use crate::graph::ir::Node;
@@ -108,12 +108,10 @@ fn softmax<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<(
         lower.set_output(node, 0, y);
         return Ok(());
     }
-    let mut swap: Vec<usize> = (0..rank).collect();
-    swap.swap(axis, rank - 1);
-    let moved = permute(lower, &x, &swap)?;
+    let moved = axis_last(lower, &x, axis)?;
     let (row, shape) = (moved.shape()[rank - 1], moved.shape().to_vec());
     let y = lower.emit(Box::new(Softmax { kind, row }), &[moved], shape);
-    let y = permute(lower, &y, &swap)?;
+    let y = axis_last(lower, &y, axis)?;
     lower.set_output(node, 0, y);
     Ok(())
 }

@@ -84,7 +84,7 @@ pub struct TapReference {
     pub mean: Vec<f32>,
     /// Running variance, one a channel.
     pub var: Vec<f32>,
-    /// Unit in which deviations of a channel's mean count (of its variance: the square); empty for 1.
+    /// Unit in which deviations of a channel's mean count (of its variance: the square).
     pub unit: Vec<f32>,
 }
 

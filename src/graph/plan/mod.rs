@@ -15,7 +15,9 @@ pub use compile::{CompileOptions, Gradient, evaluate};
 pub use lower::{
     Lower, Rounding, TapReference, Taps, Value, data_dependent, elements, from_elements,
 };
-pub use step::{Absorbed, Differentiable, Mode, Needs, Operand, Reads, Step, StepState, Target};
+pub use step::{
+    Absorbed, Choice, Chosen, Differentiable, Mode, Needs, Operand, Reads, Step, StepState, Target,
+};
 
 pub(crate) use lower::StepRecord;
 use schedule::Schedule;

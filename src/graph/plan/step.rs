@@ -150,6 +150,42 @@ pub trait Step<T: Element>: Send + Sync + Debug {
     }
 }
 
+/// A function whose result only chooses: positions, masks, measured ranges. It is piecewise constant.
+pub trait Choice<T: Element>: Send + Sync + Debug {
+    /// Computes `output` from `inputs`.
+    fn choose(&self, inputs: &[&[T]], output: &mut [T]);
+}
+
+/// The step of a [`Choice`]: it reads nothing for its gradient, which is zero.
+#[derive(Debug)]
+pub struct Chosen<C>(pub C);
+
+impl<T: Element, C: Choice<T>> Step<T> for Chosen<C> {
+    fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
+        self.0.choose(inputs, output);
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::NOTHING
+    }
+
+    fn backward(
+        &self,
+        _which: usize,
+        _inputs: &[&[T]],
+        _output: &[T],
+        _d_output: &[T],
+        mut target: Target<'_, T>,
+        _state: &StepState<T>,
+    ) {
+        target.clear_if_fresh();
+    }
+
+    fn differentiable(&self, _which: usize) -> Differentiable {
+        Differentiable::Choice
+    }
+}
+
 /// Whether a step took its follower in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Absorbed {

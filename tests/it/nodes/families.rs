@@ -103,9 +103,5 @@ pub(super) fn by_design(name: &str, operators: &[String]) -> Option<&'static str
         .iter()
         .find(|(_, family)| operators.iter().any(|operator| family.contains(&operator.as_str())));
     let by_name = NAMES.iter().find(|(_, parts)| parts.iter().any(|part| name.contains(part)));
-    match (by_operator, by_name) {
-        (Some((reason, _)), _) => Some(reason),
-        (None, Some((reason, _))) => Some(reason),
-        (None, None) => None,
-    }
+    by_operator.map(|(reason, _)| *reason).or(by_name.map(|(reason, _)| *reason))
 }
