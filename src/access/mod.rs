@@ -5,6 +5,7 @@
 
 pub mod adapter;
 pub mod black;
+pub mod borrow;
 pub mod budget;
 pub mod library;
 pub mod probe;
@@ -17,6 +18,7 @@ pub mod zero_order;
 
 pub use adapter::Adapter;
 pub use black::{BlackOptions, BlackTeacher};
+pub use borrow::Borrowing;
 pub use surrogate::Surrogate;
 pub use teacher::{ImageGradient, LogitsLoss, Objective, Teacher};
 pub use white::WhiteTeacher;

@@ -1,10 +1,11 @@
 //! Opening the models of a zoo as teachers, each by the access its spec says.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use crate::access::library::RuntimeOptions;
 use crate::access::runtime::Runtime;
-use crate::access::{BlackOptions, BlackTeacher, Surrogate, Teacher, WhiteTeacher};
+use crate::access::{BlackOptions, BlackTeacher, Borrowing, Surrogate, Teacher, WhiteTeacher};
 use crate::error::{Error, Result, ResultExt};
 use crate::onnx;
 use crate::zoo::{Access, ModelSpec};
@@ -51,4 +52,34 @@ pub fn open_white(spec: &ModelSpec, zoo: &Path, surrogate: Surrogate) -> Result<
     let model = onnx::load(&spec.path, zoo)?;
     WhiteTeacher::new(spec.clone(), model.graph, surrogate)
         .context(|| format!("cannot use model `{}` as white-box", spec.id))
+}
+
+/// The models of a zoo that lend their statistics to those that hold none; opened when the first one asks.
+pub struct Lenders<'a> {
+    specs: Vec<&'a ModelSpec>,
+    zoo: &'a Path,
+    open: OnceLock<Vec<Arc<WhiteTeacher>>>,
+}
+
+impl<'a> Lenders<'a> {
+    /// At most `most` of those `specs` that hold statistics, spread evenly over them.
+    pub fn new(specs: &[&'a ModelSpec], zoo: &'a Path, most: usize) -> Self {
+        let lends = |spec: &&&ModelSpec| spec.access == Access::WhiteBox && spec.norm_taps > 0;
+        let all: Vec<&ModelSpec> = specs.iter().filter(lends).copied().collect();
+        let count = most.min(all.len());
+        let specs = (0..count).map(|i| all[i * all.len() / count]).collect();
+        Self { specs, zoo, open: OnceLock::new() }
+    }
+
+    /// `teacher`, with borrowed statistics where it is white-box and has none. A lender that cannot be
+    /// opened lends nothing; its own turn says why.
+    pub fn lend(&self, teacher: Box<dyn Teacher>) -> Box<dyn Teacher> {
+        if teacher.spec().access != Access::WhiteBox || teacher.statistics_layers() > 0 {
+            return teacher;
+        }
+        let open =
+            |spec: &&ModelSpec| open_white(spec, self.zoo, Surrogate::Off).ok().map(Arc::new);
+        let lenders = self.open.get_or_init(|| self.specs.iter().filter_map(open).collect());
+        Borrowing::new(teacher, lenders)
+    }
 }

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::config::RunConfig;
 use super::ingest::{CatalogWriting, Ingest, IngestOptions, ProbeOptions, Strictness, ingest};
 use super::run_folder::{RunFolder, RunRecord, UsedModel, versions};
-use super::teachers::{TeacherOptions, open};
+use super::teachers::{Lenders, TeacherOptions, open};
 use super::{Context, settings};
 use crate::access::library::RuntimeOptions;
 use crate::error::{Error, ErrorKind, Result};
@@ -253,13 +253,14 @@ impl Work<'_> {
             black: settings::black_options(self.config),
             query_budget: self.config.recover.black_box.query_budget,
         };
+        let lenders = Lenders::new(&specs, &found.zoo, self.config.recover.white_box.lenders);
         let failed: Mutex<Option<Error>> = Mutex::default();
         let keep = |error: Error| {
             failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get_or_insert(error);
         };
         let results = recover(
             &items,
-            &|index| open(specs[index], &teachers),
+            &|index| open(specs[index], &teachers).map(|teacher| lenders.lend(teacher)),
             &settings,
             &self.context.interrupt,
             &|index, iteration| {

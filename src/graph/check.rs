@@ -50,13 +50,15 @@ fn slope_error(exact: &[f64], measured: &[f64], floor: f64) -> f64 {
 
 /// The limit of a central difference as its step shrinks. A step that jumps a kink (a ReLU changing
 /// side) gives a slope that is of neither side, a step too small drowns in rounding: of all successive
-/// pairs, the one that agrees best is taken.
-fn slope(difference: &mut impl FnMut(f64) -> f64) -> f64 {
+/// pairs, the one that agrees best is taken, where `rounding`, that of the objective, over the step counts as
+/// disagreement: two slopes of noise may agree by chance.
+fn slope(difference: &mut impl FnMut(f64) -> f64, rounding: f64) -> f64 {
     let mut last = difference(STEPS[0]);
     let mut best = (f64::INFINITY, last);
     for &step in &STEPS[1..] {
         let next = difference(step);
-        let gap = (next - last).abs() / next.abs().max(last.abs()).max(f64::MIN_POSITIVE);
+        let gap = ((next - last).abs() + rounding / step)
+            / next.abs().max(last.abs()).max(f64::MIN_POSITIVE);
         if gap < best.0 {
             best = (gap, next);
         }
@@ -134,7 +136,8 @@ pub fn check_gradient(
     // An input of 0..255 needs longer steps than one of 0..1; one of zeros needs some.
     let unit = (x.iter().map(|v| v * v).sum::<f64>() / x.len().max(1) as f64).sqrt().max(0.1);
     // Rounding of the objective over the longest step.
-    let floor = f64::EPSILON * objective.value(&double, &mut workspace, &x).abs() / STEPS[0];
+    let rounding = f64::EPSILON * objective.value(&double, &mut workspace, &x).abs();
+    let floor = rounding / STEPS[0];
     for _ in 0..DIRECTIONS[usize::from(x.len() > LARGE)] {
         let direction: Vec<f64> =
             rng.normals(x.len()).into_iter().map(|v| unit * f64::from(v)).collect();
@@ -145,7 +148,7 @@ pub fn check_gradient(
             };
             (at(step) - at(-step)) / (2.0 * step)
         };
-        measured.push(slope(&mut difference));
+        measured.push(slope(&mut difference, rounding));
         exact.push(gradient64.iter().zip(&direction).map(|(g, d)| g * d).sum());
     }
     Ok(GradientCheck {

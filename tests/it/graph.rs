@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use metazoa::access::{Surrogate, Teacher, WhiteTeacher};
+use metazoa::access::{Borrowing, Surrogate, Teacher, WhiteTeacher};
 use metazoa::graph::check::{GradientCheck, check_gradient, relative_error};
 use metazoa::graph::unsupported_ops;
 use metazoa::tensor::{Images, RngStream};
@@ -141,4 +141,45 @@ fn stand_ins_tell_the_training_images_from_noise() {
     };
     let (ours, noise) = (statistics(&glyphs), statistics(&images(24, 32)));
     assert!(ours < 0.7 * noise, "glyphs {ours:.2}, noise {noise:.2}");
+}
+
+/// A model with layer normalisation is held to the statistics of a lender; a model with its own keeps them.
+#[test]
+fn statistics_are_borrowed_where_a_model_has_none() {
+    let folder = repository().join("zoo");
+    let open = |name: &str| {
+        let (spec, _) = black::spec_from_sidecar(&folder, name);
+        let model = metazoa::onnx::load(&spec.path, &folder).unwrap();
+        WhiteTeacher::new(spec, model.graph, Surrogate::Off).unwrap()
+    };
+    let lender = std::sync::Arc::new(open("sh_000_glyphs_conv4_64"));
+    let lenders = [std::sync::Arc::clone(&lender)];
+    let name = "sh_006_glyphs_convnext_ln_gelu";
+    let (own, borrowing) = (open(name), Borrowing::new(Box::new(open(name)), &lenders));
+    assert_eq!((own.statistics_layers(), borrowing.statistics_layers()), (0, 1));
+
+    let images = images(4, 32);
+    let loss = metazoa::methods::parts::CrossEntropy::new(vec![0, 1, 2, 3]);
+    let gradient = |teacher: &dyn Teacher, statistics_weight| {
+        let objective = metazoa::access::Objective { logits: &loss, statistics_weight };
+        let mut rng = RngStream::new(0, "test", "", 0);
+        teacher.image_gradient(&images, &objective, &mut rng).unwrap()
+    };
+    let found = gradient(borrowing.as_ref(), 0.8);
+    let layers = lender.statistics_layers() as f32;
+    // What the statistics add to the lender's own gradient is what the borrower's gains.
+    let (with, without) = (gradient(&*lender, 0.8 / layers), gradient(&*lender, 0.0));
+    let expected: Vec<f32> = (gradient(&own, 0.0).gradient.data().iter())
+        .zip(with.gradient.data().iter().zip(without.gradient.data()))
+        .map(|(own, (with, without))| own + (with - without))
+        .collect();
+    let wide = |v: &[f32]| v.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>();
+    let error = relative_error(&wide(found.gradient.data()), &wide(&expected));
+    assert!(error < 1e-5, "{error:e}");
+    let share = with.statistics_loss / f64::from(layers);
+    assert!((found.statistics_loss - share).abs() < 1e-9);
+
+    let rich = Borrowing::new(Box::new(open("sh_003_glyphs_vgg_bn")), &lenders);
+    assert_eq!(rich.statistics_layers(), open("sh_003_glyphs_vgg_bn").statistics_layers());
+    assert_eq!(Borrowing::new(Box::new(open(name)), &[]).statistics_layers(), 0);
 }

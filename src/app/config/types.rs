@@ -77,6 +77,9 @@ pub struct WhiteBoxConfig {
     pub statistics_weight: f32,
     /// The statistics of models that hold none (normalisation folded, or another kind).
     pub surrogate: SurrogateName,
+    /// Models of the zoo, at most, that lend their statistics to those that have none even so (layer
+    /// normalisation, transformers); 0 for none.
+    pub lenders: usize,
     /// Weight of the total variation.
     pub total_variation_weight: f32,
     /// Weight of the L2 norm.
@@ -265,6 +268,7 @@ impl Default for WhiteBoxConfig {
             final_rate: 0.05,
             statistics_weight: 1.2,
             surrogate: SurrogateName::Auto,
+            lenders: 8,
             total_variation_weight: 1e-3,
             l2_weight: 1e-5,
             jitter: 2,

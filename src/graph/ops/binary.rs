@@ -14,7 +14,9 @@ use super::shape::wrap;
 use super::{Rule, broadcast_shape};
 use crate::error::{Error, Result};
 use crate::graph::ir::{ConstantData, ConstantTensor, DataType, Node};
-use crate::graph::plan::{Differentiable, Lower, Needs, Step, StepState, Target, Value};
+use crate::graph::plan::{
+    Differentiable, Follower, Lower, Mode, Needs, Step, StepState, Target, Value,
+};
 use crate::tensor::kernels::{Element, map};
 
 /// How positions of one operand follow the output's.
@@ -66,10 +68,49 @@ impl Spread {
     }
 }
 
+/// One step of two operands.
 #[derive(Debug)]
-struct BinaryStep {
-    function: Binary,
+pub(super) struct BinaryStep {
+    pub(super) function: Binary,
     spreads: [Spread; 2],
+}
+
+/// What lies beside a stretch of an operand that has the output's shape.
+enum Beside<'a, T> {
+    /// As many values.
+    Many(&'a [T]),
+    /// One for all.
+    One(T),
+}
+
+/// Cuts `data` into stretches, many to a task, and calls `work(range, stretch, what of `other` lies
+/// beside it)` for each; false where `other` is spread in no such way.
+fn stretches<T: Element>(
+    spread: &Spread,
+    other: &[T],
+    data: &mut [T],
+    work: impl Fn(std::ops::Range<usize>, &mut [T], Beside<'_, T>) + Sync + Send,
+) -> bool {
+    let (length, period) = match spread {
+        Spread::Same | Spread::Scalar => (CHUNK, 1),
+        Spread::Channel { inner: 1, count } => (*count, 1),
+        Spread::Channel { inner, count } => (*inner, *count),
+        Spread::Map(_) => return false,
+    };
+    let many = (CHUNK / length.max(1)).max(1);
+    data.par_chunks_mut((length * many).max(1)).enumerate().for_each(|(task, data)| {
+        for (i, part) in data.chunks_mut(length).enumerate() {
+            let row = task * many + i;
+            let range = row * length..row * length + part.len();
+            let beside = match spread {
+                Spread::Same => Beside::Many(&other[range.clone()]),
+                Spread::Channel { inner: 1, .. } => Beside::Many(other),
+                _ => Beside::One(other[row % period]),
+            };
+            work(range, part, beside);
+        }
+    });
+    true
 }
 
 impl BinaryStep {
@@ -79,44 +120,54 @@ impl BinaryStep {
         a: &[T],
         b: &[T],
         output: &mut [T],
-        f: impl Fn(T, T) -> T + Sync + Send,
+        f: impl Fn(T, T) -> T + Copy + Sync + Send,
     ) {
-        match &self.spreads {
-            [Spread::Same, Spread::Same] => map::zip(a, b, output, f),
-            [Spread::Same, Spread::Scalar] => {
-                let b = b[0];
-                map::map(a, output, |a| f(a, b));
-            }
-            [Spread::Same, Spread::Channel { inner, count }] if *inner > 1 => {
-                rows(output, *inner, |row, y, range| {
-                    let b = b[row % count];
-                    y.iter_mut().zip(&a[range]).for_each(|(y, &a)| *y = f(a, b));
-                });
-            }
-            [Spread::Channel { inner, count }, Spread::Same] if *inner > 1 => {
-                rows(output, *inner, |row, y, range| {
-                    let a = a[row % count];
-                    y.iter_mut().zip(&b[range]).for_each(|(y, &b)| *y = f(a, b));
-                });
-            }
-            spreads => for_each(output.len(), spreads, |i, j, k| output[i] = f(a[j], b[k])),
+        let done = match &self.spreads {
+            [Spread::Same, spread] => stretches(spread, b, output, |range, y, beside| {
+                let a = &a[range];
+                match beside {
+                    Beside::Many(b) => map::block_three(a, b, a, y, false, move |a, b, _| f(a, b)),
+                    Beside::One(b) => map::block(a, y, move |a| f(a, b)),
+                }
+            }),
+            [spread, Spread::Same] => stretches(spread, a, output, |range, y, beside| {
+                let b = &b[range];
+                match beside {
+                    Beside::Many(a) => map::block_three(a, b, a, y, false, move |a, b, _| f(a, b)),
+                    Beside::One(a) => map::block(b, y, move |b| f(a, b)),
+                }
+            }),
+            _ => false,
+        };
+        if !done {
+            for_each(output.len(), &self.spreads, |i, j, k| output[i] = f(a[j], b[k]));
         }
     }
-}
 
-/// Calls `work(row, its output, its range)` for all rows of `inner` elements, many to a task.
-fn rows<T: Element>(
-    output: &mut [T],
-    inner: usize,
-    work: impl Fn(usize, &mut [T], std::ops::Range<usize>) + Sync + Send,
-) {
-    let many = (CHUNK / inner).max(1);
-    output.par_chunks_mut(inner * many).enumerate().for_each(|(task, output)| {
-        for (i, y) in output.chunks_exact_mut(inner).enumerate() {
-            let row = task * many + i;
-            work(row, y, row * inner..(row + 1) * inner);
-        }
-    });
+    /// The gradient to operand `which`, which has the output's shape, `slope(own, other)` times the
+    /// output's gradient; false where the other operand is spread in an irregular way.
+    fn slopes<T: Element>(
+        &self,
+        which: usize,
+        inputs: &[&[T]],
+        d_output: &[T],
+        target: &mut Target<'_, T>,
+        slope: impl Fn(T, T) -> T + Copy + Sync + Send,
+    ) -> bool {
+        let (own, other) = (inputs[which], inputs[1 - which]);
+        let add = target.mode == Mode::Add;
+        stretches(&self.spreads[1 - which], other, target.data, |range, d, beside| {
+            let (own, dy) = (&own[range.clone()], &d_output[range]);
+            match beside {
+                Beside::Many(other) => {
+                    map::block_three(own, other, dy, d, add, move |x, y, dy| dy * slope(x, y));
+                }
+                Beside::One(y) => {
+                    map::block_three(own, own, dy, d, add, move |x, _, dy| dy * slope(x, y));
+                }
+            }
+        })
+    }
 }
 
 /// Visits (i, position in a, position in b) for all outputs, with loops the compiler can unroll for
@@ -147,6 +198,15 @@ fn for_each(length: usize, spreads: &[Spread; 2], mut visit: impl FnMut(usize, u
 }
 
 impl<T: Element> Step<T> for BinaryStep {
+    fn as_any(&self) -> Option<&dyn std::any::Any> {
+        Some(self)
+    }
+
+    fn follower(&self) -> Option<Follower> {
+        let plain = matches!(self.spreads, [Spread::Same, Spread::Same]);
+        (self.function == Binary::Add && plain).then_some(Follower::Add)
+    }
+
     fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
         let (a, b) = (inputs[0], inputs[1]);
         // The common functions get loops of their own, which the compiler vectorises.
@@ -180,20 +240,18 @@ impl<T: Element> Step<T> for BinaryStep {
                 _ => {}
             }
         }
-        if let [Spread::Same, Spread::Same] = self.spreads {
-            let (a, b, mode) = (inputs[0], inputs[1], target.mode);
+        if matches!(self.spreads[which], Spread::Same) {
             let f = self.function;
-            target.data.par_chunks_mut(CHUNK).enumerate().for_each(|(task, d)| {
-                let range = task * CHUNK..task * CHUNK + d.len();
-                let (a, b, dy) = (&a[range.clone()], &b[range.clone()], &d_output[range]);
-                let target = Target { data: d, mode };
-                match (f, which) {
-                    (Binary::Mul, 0) => target.put_zip(dy, b, |g, b| g * b),
-                    (Binary::Mul, _) => target.put_zip(dy, a, |g, a| g * a),
-                    _ => target.put(|i| dy[i] * f.slopes(a[i], b[i])[which]),
+            let done = match (f, which) {
+                (Binary::Mul, _) => self.slopes(which, inputs, d_output, &mut target, |_, y| y),
+                (_, 0) => {
+                    self.slopes(which, inputs, d_output, &mut target, |x, y| f.slopes(x, y)[0])
                 }
-            });
-            return;
+                _ => self.slopes(which, inputs, d_output, &mut target, |x, y| f.slopes(y, x)[1]),
+            };
+            if done {
+                return;
+            }
         }
         target.clear_if_fresh();
         let length = d_output.len();

@@ -8,11 +8,36 @@ use super::binary::{Binary, emit};
 pub(super) use super::function::Function;
 use crate::error::{Error, Result};
 use crate::graph::ir::{DataType, Node};
-use crate::graph::plan::{Differentiable, Lower, Needs, Step, StepState, Target, Value};
-use crate::tensor::kernels::Element;
+use crate::graph::plan::{
+    Differentiable, Follower, Lower, Mode, Needs, Step, StepState, Target, Value,
+};
+use crate::tensor::kernels::{Element, map};
 
 /// Elements a parallel task takes.
 pub(super) const CHUNK: usize = 1 << 14;
+
+/// Evaluates `$use` with `$f` bound to the function: for the hot ones as a constant, so that the loop inside is
+/// made for that function alone and becomes vectors.
+macro_rules! constant {
+    ($function:expr, |$f:ident| $use:expr) => {
+        constant!(@ $function, $f, $use; Relu LeakyRelu Clip Sigmoid HardSigmoid HardSwish Swish Gelu GeluTanh
+            Erf Neg Abs Square Scale Sqrt Reciprocal)
+    };
+    (@ $function:expr, $f:ident, $use:expr; $($hot:ident)*) => {
+        match $function {
+            // Not a variable: a closure would carry that along, no longer constant.
+            $(Function::$hot => {
+                const $f: Function = Function::$hot;
+                $use
+            })*
+            #[allow(non_snake_case)]
+            other => {
+                let $f = other;
+                $use
+            }
+        }
+    };
+}
 
 /// One element-wise step.
 #[derive(Debug)]
@@ -24,25 +49,9 @@ pub(super) struct Elementwise<T> {
 
 impl<T: Element> Step<T> for Elementwise<T> {
     fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
+        let (a, b) = (self.a, self.b);
         output.par_chunks_mut(CHUNK).zip(inputs[0].par_chunks(CHUNK)).for_each(|(y, x)| {
-            match self.function {
-                // The hot ones get a loop of their own that the compiler vectorises.
-                Function::Relu => {
-                    for (y, &x) in y.iter_mut().zip(x) {
-                        *y = x.max(T::ZERO);
-                    }
-                }
-                Function::Clip => {
-                    for (y, &x) in y.iter_mut().zip(x) {
-                        *y = x.max(self.a).min(self.b);
-                    }
-                }
-                _ => {
-                    for (y, &x) in y.iter_mut().zip(x) {
-                        *y = self.function.value(x, self.a, self.b);
-                    }
-                }
-            }
+            constant!(self.function, |F| map::block(x, y, move |x| F.value(x, a, b)));
         });
     }
 
@@ -72,31 +81,33 @@ impl<T: Element> Step<T> for Elementwise<T> {
         target: Target<'_, T>,
         _state: &StepState<T>,
     ) {
-        let (x, mode) = (inputs[0], target.mode);
+        let (x, mode, a, b) = (inputs[0], target.mode, self.a, self.b);
         let work = |(chunk, d): (usize, &mut [T])| {
             let start = chunk * CHUNK;
             let end = start + d.len();
             let dy = &d_output[start..end];
-            if self.function == Function::Relu {
-                let y = &output[start..end];
-                Target { data: d, mode }.put_zip(
-                    dy,
-                    y,
-                    |g, y| if y > T::ZERO { g } else { T::ZERO },
-                );
-                return;
-            }
-            Target { data: d, mode }.put(|i| {
-                let x = x.get(start + i).copied().unwrap_or_default();
-                let y = output.get(start + i).copied().unwrap_or_default();
-                dy[i] * self.function.slope(x, y, self.a, self.b)
+            // A value that is not read is not there: any other stands in.
+            let x = if x.is_empty() { dy } else { &x[start..end] };
+            let y = if output.is_empty() { dy } else { &output[start..end] };
+            let add = mode == Mode::Add;
+            constant!(self.function, |F| {
+                map::block_three(x, y, dy, d, add, move |x, y, dy| dy * F.slope(x, y, a, b))
             });
         };
         target.data.par_chunks_mut(CHUNK).enumerate().for_each(work);
     }
 
-    fn is_relu(&self) -> bool {
-        self.function == Function::Relu
+    fn as_any(&self) -> Option<&dyn std::any::Any> {
+        Some(self)
+    }
+
+    fn follower(&self) -> Option<Follower> {
+        let [low, high] = [self.a.f64(), self.b.f64()];
+        match self.function {
+            Function::Relu => Some(Follower::Bounded { low: 0.0, high: f64::INFINITY, relu: true }),
+            Function::Clip => Some(Follower::Bounded { low, high, relu: false }),
+            _ => None,
+        }
     }
 
     fn differentiable(&self, _which: usize) -> Differentiable {

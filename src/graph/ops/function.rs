@@ -2,7 +2,7 @@
 //! has a corner: ReLU has 0 at 0, LeakyReLU its slope, Clip 1 on both bounds, Abs 0.
 
 use crate::tensor::kernels::Element;
-use crate::tensor::kernels::special::{erf, normal_density};
+use crate::tensor::kernels::special::{erf, exp, normal_density};
 
 /// An element-wise function with up to two parameters.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -63,10 +63,18 @@ pub(super) enum Function {
     IsInf,
 }
 
+#[inline(always)]
 fn sigmoid<T: Element>(x: T) -> T {
-    T::ONE / (T::ONE + (-x).exp())
+    T::ONE / (T::ONE + exp(-x))
 }
 
+/// `1 + tanh(x)`.
+#[inline(always)]
+fn one_plus_tanh<T: Element>(x: T) -> T {
+    T::of(2.0) * sigmoid(T::of(2.0) * x)
+}
+
+#[inline(always)]
 fn softplus<T: Element>(x: T) -> T {
     x.max(T::ZERO) + (T::ONE + (-x.abs()).exp()).ln()
 }
@@ -130,7 +138,7 @@ impl Function {
             }
             Function::GeluTanh => {
                 let inner = T::of(GELU_C) * (x + T::of(GELU_K) * x * x * x);
-                T::of(0.5) * x * (one + inner.tanh())
+                T::of(0.5) * x * one_plus_tanh(inner)
             }
             Function::Softplus => softplus(x),
             Function::Softsign => x / (one + x.abs()),
@@ -264,7 +272,7 @@ impl Function {
             }
             Function::GeluTanh => {
                 let cube = T::of(GELU_K) * x * x * x;
-                let t = (T::of(GELU_C) * (x + cube)).tanh();
+                let t = one_plus_tanh(T::of(GELU_C) * (x + cube)) - one;
                 let inner = T::of(GELU_C) * (one + T::of(3.0 * GELU_K) * x * x);
                 half * (one + t) + half * x * (one - t * t) * inner
             }

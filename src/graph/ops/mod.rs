@@ -8,6 +8,7 @@ mod arithmetic;
 mod arrange;
 mod attention;
 mod binary;
+mod channel;
 mod contrib;
 mod control;
 mod conv;

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::attention::floats;
 use super::binary::{Binary, emit};
+use super::channel::ChannelAffine;
 use super::elementwise::{Function, apply};
 use super::reduce::{Reduction, norm, reduce_axes};
 use super::select::choose;
@@ -14,10 +15,9 @@ use super::{Rule, axis_index};
 use crate::error::{Error, Result};
 use crate::graph::ir::Node;
 use crate::graph::plan::{
-    Absorbed, Lower, Needs, Step, StepState, TapReference, Taps, Target, Value, elements,
+    Lower, Mode, Needs, Step, StepState, TapReference, Taps, Target, Value, elements,
 };
-use crate::tensor::kernels::Element;
-use crate::tensor::kernels::map::{sum, sum_of, sum_zip};
+use crate::tensor::kernels::{Element, row};
 
 pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
     Some(match op {
@@ -28,146 +28,6 @@ pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
         "MeanVarianceNormalization" => mean_variance,
         _ => return None,
     })
-}
-
-/// What follows a normalisation in the same pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Activation {
-    None,
-    Relu,
-}
-
-/// Whether a step's input statistics are part of the objective.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Statistics {
-    Tapped,
-    Unused,
-}
-
-/// `y = activation(a * x + b)` per channel, with the mean and biased variance of `x` over batch and
-/// space (the quantities DeepInversion compares with the running statistics).
-#[derive(Debug)]
-pub(super) struct ChannelAffine<T> {
-    pub(super) a: Vec<T>,
-    pub(super) b: Vec<T>,
-    pub(super) plane: usize,
-    pub(super) activation: Activation,
-    pub(super) statistics: Statistics,
-}
-
-impl<T: Element> ChannelAffine<T> {
-    /// Two passes: mean, then squared deviations; no cancellation.
-    fn measure(&self, x: &[T], state: &mut StepState<T>) {
-        let channels = self.a.len();
-        let images = x.len() / (channels * self.plane);
-        let count = T::of((images * self.plane).max(1) as f64);
-        let plane = |n: usize, c: usize| &x[(n * channels + c) * self.plane..][..self.plane];
-        let moments: Vec<(T, T)> = (0..channels)
-            .into_par_iter()
-            .map(|c| {
-                let mean = (0..images).map(|n| sum(plane(n, c))).sum::<T>() / count;
-                let square = |v: T| (v - mean) * (v - mean);
-                let var = (0..images).map(|n| sum_of(plane(n, c), square)).sum::<T>() / count;
-                (mean, var)
-            })
-            .collect();
-        state.mean.clear();
-        state.var.clear();
-        for (mean, var) in moments {
-            state.mean.push(mean);
-            state.var.push(var);
-        }
-    }
-}
-
-impl<T: Element> Step<T> for ChannelAffine<T> {
-    fn forward(&self, inputs: &[&[T]], output: &mut [T], state: &mut StepState<T>) {
-        let x = inputs[0];
-        if self.statistics == Statistics::Tapped {
-            self.measure(x, state);
-        }
-        let channels = self.a.len();
-        let block = channels * self.plane;
-        output.par_chunks_mut(block).zip(x.par_chunks(block)).for_each(|(y, x)| {
-            let planes = y.chunks_exact_mut(self.plane).zip(x.chunks_exact(self.plane));
-            for ((y, x), (&a, &b)) in planes.zip(self.a.iter().zip(&self.b)) {
-                match self.activation {
-                    Activation::Relu => {
-                        for (y, &x) in y.iter_mut().zip(x) {
-                            *y = (a * x + b).max(T::ZERO);
-                        }
-                    }
-                    Activation::None => {
-                        for (y, &x) in y.iter_mut().zip(x) {
-                            *y = a * x + b;
-                        }
-                    }
-                }
-            }
-        });
-    }
-
-    fn absorb_relu(&mut self) -> Absorbed {
-        match self.activation {
-            Activation::None => {
-                self.activation = Activation::Relu;
-                Absorbed::Yes
-            }
-            Activation::Relu => Absorbed::No,
-        }
-    }
-
-    fn needs(&self) -> Needs {
-        if self.activation == Activation::None && self.statistics == Statistics::Unused {
-            Needs::NOTHING
-        } else {
-            Needs::INPUTS
-        }
-    }
-
-    fn backward(
-        &self,
-        _which: usize,
-        inputs: &[&[T]],
-        _output: &[T],
-        d_output: &[T],
-        target: Target<'_, T>,
-        state: &StepState<T>,
-    ) {
-        let channels = self.a.len();
-        let block = channels * self.plane;
-        let count = T::of((d_output.len() / channels).max(1) as f64);
-        // The gradient through mean and variance is affine in x: `offset + factor * x`.
-        let through: Vec<(T, T)> = (0..channels)
-            .map(|c| match (state.d_mean.get(c), state.d_var.get(c)) {
-                (Some(&d_mean), Some(&d_var)) => {
-                    let factor = T::of(2.0) * d_var / count;
-                    (d_mean / count - factor * state.mean[c], factor)
-                }
-                _ => (T::ZERO, T::ZERO),
-            })
-            .collect();
-        let mode = target.mode;
-        target.data.par_chunks_mut(block).enumerate().for_each(|(n, d)| {
-            for (c, d) in d.chunks_exact_mut(self.plane).enumerate() {
-                let start = n * block + c * self.plane;
-                let dy = &d_output[start..start + self.plane];
-                let (a, b) = (self.a[c], self.b[c]);
-                let target = Target { data: d, mode };
-                if inputs[0].is_empty() {
-                    target.put_map(dy, |g| a * g);
-                    continue;
-                }
-                let x = &inputs[0][start..start + self.plane];
-                let (offset, factor) = through[c];
-                let relu = self.activation == Activation::Relu;
-                target.put_zip(dy, x, |g, x| {
-                    let open = if relu && a * x + b <= T::ZERO { T::ZERO } else { a };
-                    open * g + offset + factor * x
-                });
-            }
-        });
-    }
 }
 
 fn batch_normalization<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
@@ -207,13 +67,8 @@ fn batch_normalization<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node)
         var: single(&parameters[3]),
         unit: vec![1.0; channels],
     };
-    let step = ChannelAffine {
-        a,
-        b,
-        plane: x.shape()[2..].iter().product::<usize>().max(1),
-        activation: Activation::None,
-        statistics: Statistics::Tapped,
-    };
+    let spatial = x.shape()[2..].iter().product::<usize>().max(1);
+    let step = ChannelAffine::new(a, b, spatial, &tap);
     let shape = x.shape().to_vec();
     let y = lower.emit_tapped(Box::new(step), &[x], shape, Some(tap));
     lower.set_output(node, 0, y);
@@ -234,15 +89,9 @@ pub(super) fn watched<T: Element>(
     if lower.taps == Taps::Norms || x.constant().is_some() || channels == 0 {
         return x;
     }
-    let step = ChannelAffine {
-        a: vec![T::ONE; channels],
-        b: vec![T::ZERO; channels],
-        plane,
-        activation: Activation::None,
-        statistics: Statistics::Tapped,
-    };
     let (mean, var) = (vec![0.0; channels], vec![1.0; channels]);
     let tap = TapReference { name: node.name.clone(), mean, var, unit };
+    let step = ChannelAffine::new(vec![T::ONE; channels], vec![T::ZERO; channels], plane, &tap);
     let shape = x.shape().to_vec();
     lower.emit_tapped(Box::new(step), &[x], shape, Some(tap))
 }
@@ -255,62 +104,54 @@ pub(super) enum Centre {
 }
 
 /// Each row of `group` values is centred and divided by its root mean square: layer, RMS, instance and
-/// group normalisation without their scale and bias.
+/// group normalisation; then, for layer and RMS normalisation, scaled and shifted element by element.
 #[derive(Debug)]
-struct Standardize {
+struct Standardize<T> {
     group: usize,
     epsilon: f64,
     centre: Centre,
+    affine: Option<(Vec<T>, Vec<T>)>,
 }
 
-impl<T: Element> Step<T> for Standardize {
+impl<T: Element> Standardize<T> {
+    fn affine(&self) -> row::Affine<'_, T> {
+        self.affine.as_ref().map(|(scale, shift)| (scale.as_slice(), shift.as_slice()))
+    }
+}
+
+impl<T: Element> Step<T> for Standardize<T> {
     fn forward(&self, inputs: &[&[T]], output: &mut [T], state: &mut StepState<T>) {
         let rows = output.len() / self.group;
-        let count = T::of(self.group as f64);
+        state.mean.resize(rows, T::ZERO);
         state.var.resize(rows, T::ZERO);
-        let work = output
-            .par_chunks_mut(self.group)
-            .zip(inputs[0].par_chunks(self.group))
-            .zip(&mut state.var);
-        work.with_min_len(16).for_each(|((y, x), inverse)| {
-            let mean = match self.centre {
-                Centre::Mean => sum(x) / count,
-                Centre::Zero => T::ZERO,
-            };
-            let var = sum_of(x, |v| (v - mean) * (v - mean)) / count;
-            *inverse = T::ONE / (var + T::of(self.epsilon)).sqrt();
-            for (y, &x) in y.iter_mut().zip(x) {
-                *y = (x - mean) * *inverse;
-            }
+        let moments = state.mean.par_iter_mut().zip(&mut state.var);
+        let work =
+            output.par_chunks_mut(self.group).zip(inputs[0].par_chunks(self.group)).zip(moments);
+        let (epsilon, centre) = (T::of(self.epsilon), self.centre == Centre::Mean);
+        work.with_min_len(16).for_each(|((y, x), (mean, inverse))| {
+            [*mean, *inverse] = row::standardize(x, y, epsilon, centre, self.affine());
         });
     }
 
     fn needs(&self) -> Needs {
-        Needs::OUTPUT
+        Needs::INPUTS
     }
 
     fn backward(
         &self,
         _which: usize,
-        _inputs: &[&[T]],
-        output: &[T],
+        inputs: &[&[T]],
+        _output: &[T],
         d_output: &[T],
         target: Target<'_, T>,
         state: &StepState<T>,
     ) {
-        let count = T::of(self.group as f64);
-        let mode = target.mode;
-        target.data.par_chunks_mut(self.group).with_min_len(16).enumerate().for_each(|(row, d)| {
-            let range = row * self.group..(row + 1) * self.group;
-            let (y, dy) = (&output[range.clone()], &d_output[range]);
-            let inverse = state.var[row];
-            let mean = match self.centre {
-                Centre::Mean => sum(dy) / count,
-                Centre::Zero => T::ZERO,
-            };
-            let along = sum_zip(dy, y, |g, y| g * y) / count;
-            let target = Target { data: d, mode };
-            target.put_zip(dy, y, |g, y| inverse * (g - mean - y * along));
+        let (add, centre) = (target.mode == Mode::Add, self.centre == Centre::Mean);
+        target.data.par_chunks_mut(self.group).with_min_len(16).enumerate().for_each(|(at, d)| {
+            let range = at * self.group..(at + 1) * self.group;
+            let (x, dy) = (&inputs[0][range.clone()], &d_output[range]);
+            let moments = [state.mean[at], state.var[at]];
+            row::standardize_backward(x, dy, d, moments, centre, self.affine(), add);
         });
     }
 }
@@ -323,8 +164,24 @@ pub(super) fn standardize<T: Element>(
     epsilon: f64,
     centre: Centre,
 ) -> Value {
-    let step = Standardize { group: group.max(1), epsilon, centre };
+    let step = Standardize { group: group.max(1), epsilon, centre, affine: None };
     lower.emit(Box::new(step), std::slice::from_ref(x), x.shape().to_vec())
+}
+
+/// Scale and shift of rows of `group` elements, where both are constants of that length.
+fn row_affine<T: Element>(
+    scale: &Value,
+    shift: Option<&Value>,
+    group: usize,
+) -> Option<(Vec<T>, Vec<T>)> {
+    let values = |value: &Value| {
+        value.constant().map(|tensor| elements::<T>(tensor)).filter(|v| v.len() == group)
+    };
+    let shift = match shift {
+        Some(shift) => values(shift)?,
+        None => vec![T::ZERO; group],
+    };
+    Some((values(scale)?, shift))
 }
 
 fn layer_normalization<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
@@ -334,11 +191,21 @@ fn layer_normalization<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node)
     let x = if axis + 1 == x.rank() { watched(lower, node, x, vec![1.0; group], 1) } else { x };
     let centre = if node.op_type == "RMSNormalization" { Centre::Zero } else { Centre::Mean };
     let epsilon = f64::from(node.float("epsilon", 1e-5)?);
-    let mut y = standardize(lower, &x, group, epsilon, centre);
-    y = emit(lower, Binary::Mul, &y, &lower.input(node, 1)?)?;
-    if let Some(bias) = lower.optional(node, 2)? {
-        y = emit(lower, Binary::Add, &y, &bias)?;
-    }
+    let (scale, bias) = (lower.input(node, 1)?, lower.optional(node, 2)?);
+    let y = match row_affine(&scale, bias.as_ref(), group) {
+        Some(affine) => {
+            let step = Standardize { group: group.max(1), epsilon, centre, affine: Some(affine) };
+            lower.emit(Box::new(step), std::slice::from_ref(&x), x.shape().to_vec())
+        }
+        None => {
+            let y = standardize(lower, &x, group, epsilon, centre);
+            let y = emit(lower, Binary::Mul, &y, &scale)?;
+            match &bias {
+                Some(bias) => emit(lower, Binary::Add, &y, bias)?,
+                None => y,
+            }
+        }
+    };
     lower.set_output(node, 0, y);
     if node.outputs.iter().skip(1).any(|name| !name.is_empty()) {
         let axes: Vec<usize> = (axis..x.rank()).collect();

@@ -12,7 +12,7 @@ use super::reduce::{Reduction, norm, reduce_axes};
 use super::window::{Slide, Window, sizes, slides, two_axes};
 use crate::error::{Error, Result};
 use crate::graph::ir::{DataType, Node};
-use crate::graph::plan::{Choice, Chosen, Lower, Needs, Step, StepState, Target, Value};
+use crate::graph::plan::{Choice, Chosen, Follower, Lower, Needs, Step, StepState, Target, Value};
 use crate::tensor::kernels::Element;
 use crate::tensor::kernels::blocks::first_max;
 
@@ -105,6 +105,13 @@ impl<T: Element> Step<T> for Pool {
                 });
             }
         });
+    }
+
+    fn follower(&self) -> Option<Follower> {
+        let halves = self.kind == Kind::Max
+            && self.is_plain_halving()
+            && [0, 1].map(|axis| self.input[axis] / 2) == self.output;
+        halves.then_some(Follower::Halve { width: self.input[1] })
     }
 
     fn needs(&self) -> Needs {

@@ -6,9 +6,11 @@ use super::order::axis_last;
 use super::{Rule, axis_index};
 use crate::error::Result;
 use crate::graph::ir::Node;
-use crate::graph::plan::{Lower, Needs, Step, StepState, Target, Value};
+use crate::graph::plan::{Lower, Mode, Needs, Step, StepState, Target, Value};
 use crate::tensor::kernels::Element;
-use crate::tensor::kernels::map::{sum, sum_zip};
+use crate::tensor::kernels::map::sum;
+use crate::tensor::kernels::row;
+use crate::tensor::kernels::special::exp;
 
 pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
     match op {
@@ -36,18 +38,14 @@ impl<T: Element> Step<T> for Softmax {
     fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
         let rows = output.par_chunks_mut(self.row).zip(inputs[0].par_chunks(self.row));
         rows.with_min_len(32).for_each(|(y, x)| {
-            let top = x.iter().copied().fold(T::of(f64::NEG_INFINITY), T::max);
+            let top = row::largest(x);
             if self.kind == Kind::Masked && top.f64() == f64::NEG_INFINITY {
                 y.fill(T::ZERO);
                 return;
             }
-            let mut sum = T::ZERO;
-            for (y, &x) in y.iter_mut().zip(x) {
-                *y = (x - top).exp();
-                sum += *y;
-            }
+            let sum = row::exponentials(x, y, top);
             match self.kind {
-                Kind::Softmax | Kind::Masked => y.iter_mut().for_each(|y| *y /= sum),
+                Kind::Softmax | Kind::Masked => row::scale(y, T::ONE / sum),
                 Kind::LogSoftmax => {
                     let log = top + sum.ln();
                     y.iter_mut().zip(x).for_each(|(y, &x)| *y = x - log);
@@ -70,18 +68,16 @@ impl<T: Element> Step<T> for Softmax {
         _state: &StepState<T>,
     ) {
         let mode = target.mode;
-        target.data.par_chunks_mut(self.row).with_min_len(32).enumerate().for_each(|(row, d)| {
-            let range = row * self.row..(row + 1) * self.row;
+        target.data.par_chunks_mut(self.row).with_min_len(32).enumerate().for_each(|(at, d)| {
+            let range = at * self.row..(at + 1) * self.row;
             let (y, dy) = (&output[range.clone()], &d_output[range]);
-            let target = Target { data: d, mode };
             match self.kind {
                 Kind::Softmax | Kind::Masked => {
-                    let dot = sum_zip(dy, y, |g, y| g * y);
-                    target.put_zip(dy, y, |g, y| y * (g - dot));
+                    row::softmax_backward(y, dy, d, mode == Mode::Add);
                 }
                 Kind::LogSoftmax => {
                     let total = sum(dy);
-                    target.put_zip(dy, y, |g, y| g - y.exp() * total);
+                    Target { data: d, mode }.put_zip(dy, y, |g, y| g - exp(y) * total);
                 }
             }
         });

@@ -16,7 +16,8 @@ pub use lower::{
     Lower, Rounding, TapReference, Taps, Value, data_dependent, elements, from_elements,
 };
 pub use step::{
-    Absorbed, Choice, Chosen, Differentiable, Mode, Needs, Operand, Reads, Step, StepState, Target,
+    Absorbed, Choice, Chosen, Differentiable, Follower, Mode, Needs, Operand, Reads, Step,
+    StepState, Target,
 };
 
 pub(crate) use lower::StepRecord;

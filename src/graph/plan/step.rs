@@ -139,13 +139,19 @@ pub trait Step<T: Element>: Send + Sync + Debug {
         Differentiable::Yes
     }
 
-    /// Whether this is a plain ReLU, which another step may absorb.
-    fn is_relu(&self) -> bool {
-        false
+    /// The step itself, where a fusion looks for its kind.
+    fn as_any(&self) -> Option<&dyn std::any::Any> {
+        None
     }
 
-    /// Takes a following ReLU into this step, if it can.
-    fn absorb_relu(&mut self) -> Absorbed {
+    /// What this step is to one before it that could take it in.
+    fn follower(&self) -> Option<Follower> {
+        None
+    }
+
+    /// Takes a following step into this one, if it can.
+    fn absorb(&mut self, follower: &Follower) -> Absorbed {
+        let _ = follower;
         Absorbed::No
     }
 }
@@ -184,6 +190,27 @@ impl<T: Element, C: Choice<T>> Step<T> for Chosen<C> {
     fn differentiable(&self, _which: usize) -> Differentiable {
         Differentiable::Choice
     }
+}
+
+/// A step that one before it may take in, to compute both in one pass.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Follower {
+    /// Addition of a second value of the same shape, which becomes one more input.
+    Add,
+    /// Values held between two bounds.
+    Bounded {
+        /// Least value.
+        low: f64,
+        /// Largest value.
+        high: f64,
+        /// ReLU, whose gradient at its bound is 0; else it is 1.
+        relu: bool,
+    },
+    /// Maxima of 2x2 blocks.
+    Halve {
+        /// Width of the planes.
+        width: usize,
+    },
 }
 
 /// Whether a step took its follower in.

@@ -1,15 +1,17 @@
 //! 2-D convolution: forward, gradient to the input, gradient to the weights. NCHW, groups, any
 //! stride, dilation and (asymmetric) padding.
 //!
-//! Stride 1 goes to `direct`, depthwise layers to `depthwise`; the rest is lowered to matrix products over
+//! Kernels 3x3 of stride 1 over many channels go to `winograd`, other kernels of stride 1 to `direct`, depthwise layers to `depthwise`; the rest is lowered to matrix products over
 //! tiles of output rows whose patch matrix stays in the second-level cache. Images are split over rayon's threads; no sum is split
 //! by thread count, so results do not depend on it.
 
 use rayon::prelude::*;
 
 use super::gemm::{MatrixRef, gemm};
+use super::vector::Level;
+use super::winograd::Filters;
 use super::{Element, scratch};
-use super::{depthwise, direct};
+use super::{depthwise, direct, winograd};
 
 /// Elements of the patch matrix of one tile (512 KiB of `f32`).
 const TILE_ELEMENTS: usize = 128 * 1024;
@@ -77,7 +79,7 @@ impl Conv2dGeometry {
 
     /// The convolution that maps an output gradient to the input gradient with rotated weights;
     /// exists for stride 1 when no pad exceeds the kernel's reach.
-    fn backward_as_forward(&self) -> Option<Self> {
+    pub(super) fn backward_as_forward(&self) -> Option<Self> {
         if self.stride != [1, 1] {
             return None;
         }
@@ -118,6 +120,9 @@ pub fn conv2d<T: Element>(g: &Conv2dGeometry, x: &[T], w: &[T], bias: Option<&[T
         y.fill(T::ZERO);
         return;
     }
+    if winograd_2d(g, x, (w, Filters::Stored), bias, y, false) {
+        return;
+    }
     let images = images_per_task(g.batch);
     y.par_chunks_mut(images * output).zip(x.par_chunks(images * input)).for_each(|(y, x)| {
         if g.is_depthwise() {
@@ -126,6 +131,22 @@ pub fn conv2d<T: Element>(g: &Conv2dGeometry, x: &[T], w: &[T], bias: Option<&[T
             forward_images(g, x, w, bias, y);
         }
     });
+}
+
+/// The fast way of a 3x3 convolution, where the element type and the processor have it.
+fn winograd_2d<T: Element>(
+    g: &Conv2dGeometry,
+    x: &[T],
+    (w, filters): (&[T], Filters),
+    bias: Option<&[T]>,
+    y: &mut [T],
+    accumulate: bool,
+) -> bool {
+    let Some(level) = Level::detected().filter(|_| winograd::serves(g)) else { return false };
+    let (Some(x), Some(w)) = (T::as_f32(x), T::as_f32(w)) else { return false };
+    let Some(y) = T::as_f32_mut(y) else { return false };
+    winograd::forward(level, g, x, (w, filters), bias.and_then(T::as_f32), y, accumulate);
+    true
 }
 
 /// One run of output rows: image, first row, number of rows (all within one image).
@@ -173,7 +194,7 @@ fn forward_images<T: Element>(
     bias: Option<&[T]>,
     y: &mut [T],
 ) {
-    if let Some(level) = direct::Level::detected()
+    if let Some(level) = Level::detected()
         && direct::serves(g)
         && let (Some(x), Some(w)) = (T::as_f32(x), T::as_f32(w))
         && let Some(y) = T::as_f32_mut(y)
@@ -365,7 +386,16 @@ pub fn conv2d_input_gradient<T: Element>(
     let (input, output) = (g.input_stride(), g.output_stride());
     assert_eq!(dx.len(), g.batch * input, "conv2d_input_gradient: input size");
     assert_eq!(dy.len(), g.batch * output, "conv2d_input_gradient: output size");
-    if !accumulate {
+    if let Some(reversed) = g.backward_as_forward()
+        && !dx.is_empty()
+        && !dy.is_empty()
+        && winograd_2d(&reversed, dy, (w, Filters::Reversed), None, dx, accumulate)
+    {
+        return;
+    }
+    let reversed = g.backward_as_forward().filter(|_| !g.is_depthwise() && !dy.is_empty());
+    // The way forward writes all it makes; the others add.
+    if !accumulate && reversed.is_none() {
         dx.fill(T::ZERO);
     }
     if dx.is_empty() || dy.is_empty() {
@@ -377,7 +407,7 @@ pub fn conv2d_input_gradient<T: Element>(
         tasks.for_each(|(dx, dy)| depthwise::input_gradient(g, dy, w, dx));
         return;
     }
-    if let Some(reversed) = g.backward_as_forward() {
+    if let Some(reversed) = reversed {
         let mut rotated = vec![T::ZERO; w.len()];
         rotated_weights(g, w, &mut rotated);
         if accumulate {

@@ -8,64 +8,22 @@
 
 #![allow(unsafe_code)]
 
-use std::sync::OnceLock;
-
 use super::conv::Conv2dGeometry;
-use super::scratch;
+use super::vector::Level;
+use super::{Element, scratch};
 
 /// Floats that padded images of one pass may take, so that they stay in the second-level cache.
 const PASS: usize = 192 * 1024;
 /// Floats past the last plane that a vector may read.
 const SLACK: usize = 64;
 
-/// Vector instructions in use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Level {
-    /// 512 bits, fused multiply-add.
-    Avx512,
-    /// 256 bits, fused multiply-add.
-    Avx2,
-}
-
-impl Level {
-    /// Output channels that one pass over an image computes, for groups of `outputs`: half as many
-    /// waste less where there are few (the gradient to an image has three).
-    fn channels(self, outputs: usize) -> usize {
-        match self {
-            Self::Avx512 if outputs > 4 => 8,
-            Self::Avx512 | Self::Avx2 => 4,
-        }
+/// Output channels that one pass over an image computes, for groups of `outputs`: half as many waste
+/// less where there are few (the gradient to an image has three).
+fn block_channels(level: Level, outputs: usize) -> usize {
+    match level {
+        Level::Avx512 if outputs > 4 => 8,
+        Level::Avx512 | Level::Avx2 => 4,
     }
-
-    /// Floats of a vector.
-    fn lanes(self) -> usize {
-        match self {
-            Self::Avx512 => 16,
-            Self::Avx2 => 8,
-        }
-    }
-
-    /// The best this processor has.
-    pub(super) fn detected() -> Option<Self> {
-        static LEVEL: OnceLock<Option<Level>> = OnceLock::new();
-        *LEVEL.get_or_init(detect)
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-fn detect() -> Option<Level> {
-    if is_x86_feature_detected!("avx512f") {
-        Some(Level::Avx512)
-    } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-        Some(Level::Avx2)
-    } else {
-        None
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn detect() -> Option<Level> {
-    None
 }
 
 /// Vectors of pixels a block holds in registers, most.
@@ -73,21 +31,22 @@ const VECTORS: usize = 3;
 
 /// The padded planes of one geometry.
 #[derive(Debug, Clone)]
-struct Layout {
-    /// Floats of a padded row.
-    width: usize,
-    /// Floats of a padded plane.
-    plane: usize,
+pub(super) struct Layout {
+    /// Elements of a padded row.
+    pub(super) width: usize,
+    /// Elements of a padded plane.
+    pub(super) plane: usize,
     /// Output pixels, those between rows included.
     span: usize,
-    /// Floats that one channel's results take: `span` in whole vectors.
-    room: usize,
+    /// Elements that one channel's results take: `span` in whole vectors.
+    pub(super) room: usize,
     /// Distance of each tap from the first.
-    taps: Vec<usize>,
+    pub(super) taps: Vec<usize>,
 }
 
 impl Layout {
-    fn new(g: &Conv2dGeometry, level: Level) -> Self {
+    /// For vectors of `lanes` elements.
+    pub(super) fn new(g: &Conv2dGeometry, lanes: usize) -> Self {
         let [height, width] = g.input;
         let [top, left, bottom, right] = g.pads;
         let padded = width + left + right;
@@ -98,7 +57,7 @@ impl Layout {
             .flat_map(|y| (0..g.kernel[1]).map(move |x| (y, x)))
             .map(|(y, x)| y * g.dilation[0] * padded + x * g.dilation[1])
             .collect();
-        Self { width: padded, plane, span, room: span.next_multiple_of(level.lanes()), taps }
+        Self { width: padded, plane, span, room: span.next_multiple_of(lanes), taps }
     }
 }
 
@@ -122,7 +81,7 @@ pub(super) fn forward(
     bias: Option<&[f32]>,
     y: &mut [f32],
 ) {
-    let layout = Layout::new(g, level);
+    let layout = Layout::new(g, level.lanes());
     let image = g.in_channels * layout.plane;
     let blocks = Blocks::new(g, level);
     scratch::with(blocks.packed_len(g), |packed: &mut [f32]| {
@@ -149,18 +108,18 @@ pub(super) fn forward(
 }
 
 /// Copies images [n, C, H, W] into zero-padded planes.
-fn pad(g: &Conv2dGeometry, layout: &Layout, x: &[f32], padded: &mut [f32]) {
+pub(super) fn pad<T: Element>(g: &Conv2dGeometry, layout: &Layout, x: &[T], padded: &mut [T]) {
     let [height, width] = g.input;
     let planes = x.chunks_exact(height * width).zip(padded.chunks_exact_mut(layout.plane));
     for (x, padded) in planes {
         let (top, body) = padded.split_at_mut(g.pads[0] * layout.width);
         let (body, bottom) = body.split_at_mut(height * layout.width);
-        top.fill(0.0);
-        bottom.fill(0.0);
+        top.fill(T::ZERO);
+        bottom.fill(T::ZERO);
         for (row, padded) in x.chunks_exact(width).zip(body.chunks_exact_mut(layout.width)) {
-            padded[..g.pads[1]].fill(0.0);
+            padded[..g.pads[1]].fill(T::ZERO);
             padded[g.pads[1]..g.pads[1] + width].copy_from_slice(row);
-            padded[g.pads[1] + width..].fill(0.0);
+            padded[g.pads[1] + width..].fill(T::ZERO);
         }
     }
 }
@@ -176,7 +135,7 @@ struct Blocks {
 impl Blocks {
     fn new(g: &Conv2dGeometry, level: Level) -> Self {
         let outputs = g.out_channels / g.groups;
-        let channels = level.channels(outputs);
+        let channels = block_channels(level, outputs);
         Self { channels, count: outputs.div_ceil(channels) }
     }
 
@@ -414,7 +373,7 @@ mod tests {
             let wide = |v: &[f32]| v.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>();
             let mut expected = vec![0.0; g.batch * g.output_stride()];
             conv2d(&g, &wide(&x), &wide(&w), Some(&wide(&bias)), &mut expected);
-            for level in levels() {
+            for level in Level::all() {
                 let mut y = vec![f32::NAN; expected.len()];
                 forward(level, &g, &x, &w, Some(&bias), &mut y);
                 // A sum of n products of unit normals rounds to about sqrt(n) units in the last place.
@@ -428,13 +387,5 @@ mod tests {
             }
         }
         assert!(served > 40, "{served}");
-    }
-
-    fn levels() -> Vec<Level> {
-        match Level::detected() {
-            Some(Level::Avx512) => vec![Level::Avx512, Level::Avx2],
-            Some(level) => vec![level],
-            None => Vec::new(),
-        }
     }
 }

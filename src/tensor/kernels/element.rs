@@ -3,6 +3,8 @@
 use std::iter::Sum;
 use std::ops::{Add, AddAssign, Div, DivAssign, Mul, MulAssign, Neg, Sub, SubAssign};
 
+use super::special;
+
 /// A floating-point element. Implemented for `f32` and `f64` only.
 pub trait Element:
     Copy
@@ -33,6 +35,10 @@ pub trait Element:
     fn f64(self) -> f64;
     /// e to the power of self.
     fn exp(self) -> Self;
+    /// As [`Element::exp`], in `f32` made for vectors: see [`super::special::exp`].
+    fn fast_exp(self) -> Self;
+    /// The error function: see [`super::special::erf`].
+    fn erf(self) -> Self;
     /// Natural logarithm.
     fn ln(self) -> Self;
     /// Square root.
@@ -58,7 +64,7 @@ pub trait Element:
 }
 
 macro_rules! implement_element {
-    ($t:ty, $single:expr, $single_mut:expr) => {
+    ($t:ty, $single:expr, $single_mut:expr, $exp:path, $erf:path) => {
         impl Element for $t {
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
@@ -73,6 +79,14 @@ macro_rules! implement_element {
             #[inline(always)]
             fn exp(self) -> Self {
                 <$t>::exp(self)
+            }
+            #[inline(always)]
+            fn fast_exp(self) -> Self {
+                $exp(self)
+            }
+            #[inline(always)]
+            fn erf(self) -> Self {
+                $erf(self)
             }
             #[inline(always)]
             fn ln(self) -> Self {
@@ -120,5 +134,5 @@ macro_rules! implement_element {
     };
 }
 
-implement_element!(f32, Some, Some);
-implement_element!(f64, |_| None, |_| None);
+implement_element!(f32, Some, Some, special::exp_single, special::erf_single);
+implement_element!(f64, |_| None, |_| None, f64::exp, special::erf_precise);

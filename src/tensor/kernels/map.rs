@@ -7,6 +7,7 @@
 use rayon::prelude::*;
 
 use super::Element;
+use super::vector::at_each_level;
 
 /// Elements per task: 64 KiB of `f32`, well inside a second-level cache.
 const BLOCK: usize = 1 << 14;
@@ -31,6 +32,54 @@ pub fn zip<T: Element>(a: &[T], b: &[T], y: &mut [T], f: impl Fn(T, T) -> T + Sy
             }
         },
     );
+}
+
+/// A function of one number that may run on many threads.
+pub trait One<T>: Fn(T) -> T + Copy + Sync + Send {}
+impl<T, F: Fn(T) -> T + Copy + Sync + Send> One<T> for F {}
+
+/// A function of three numbers that may run on many threads.
+pub trait Three<T>: Fn(T, T, T) -> T + Copy + Sync + Send {}
+impl<T, F: Fn(T, T, T) -> T + Copy + Sync + Send> Three<T> for F {}
+
+at_each_level! {
+    /// `y = f(x)` on one thread, with the best vector instructions.
+    pub block<F: One<T>> = block_body(x: &[T], y: &mut [T], f: F)
+}
+
+at_each_level! {
+    /// `to = f(a, b, c)` on one thread, with the best vector instructions; added to `to` when `add`.
+    pub block_three<F: Three<T>> = block_three_body(
+        a: &[T], b: &[T], c: &[T], to: &mut [T], add: bool, f: F
+    )
+}
+
+#[inline(always)]
+fn block_body<T: Element, F: One<T>>(x: &[T], y: &mut [T], f: F) {
+    for (y, &x) in y.iter_mut().zip(x) {
+        *y = f(x);
+    }
+}
+
+#[inline(always)]
+fn block_three_body<T: Element, F: Three<T>>(
+    a: &[T],
+    b: &[T],
+    c: &[T],
+    to: &mut [T],
+    add: bool,
+    f: F,
+) {
+    let (a, b, c) = (&a[..to.len()], &b[..to.len()], &c[..to.len()]);
+    if add {
+        for (i, to) in to.iter_mut().enumerate() {
+            *to += f(a[i], b[i], c[i]);
+        }
+    } else {
+        for (i, to) in to.iter_mut().enumerate() {
+            *to = f(a[i], b[i], c[i]);
+        }
+    }
 }
 
 /// Sum of a slice in a fixed order (16 interleaved partial sums).

@@ -5,6 +5,7 @@
 
 pub mod batch_norm;
 pub mod blocks;
+pub mod channel;
 pub mod conv;
 mod depthwise;
 mod direct;
@@ -12,7 +13,10 @@ pub mod element;
 pub mod gemm;
 pub mod map;
 pub mod norm_pool;
+pub mod row;
 pub mod scratch;
 pub mod special;
+mod vector;
+mod winograd;
 
 pub use element::Element;
