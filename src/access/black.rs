@@ -35,8 +35,8 @@ const LABEL_DOUBT: f32 = 1e-3;
 /// the loss by 2.6 with this step, by 1.2 with a tenth of it, by 1.5 with seven times it.
 const QUANTISED_STEP: f64 = 0.011;
 
-/// Root mean square of a step on one pixel that moves a label often enough to learn from
-/// (docs/black-box.md, "Labels only").
+/// Root mean square of a step on one pixel that moves a label often enough to learn from: of 0.03, 0.05 and 0.1
+/// the last gives the most (docs/black-box.md, "Labels only").
 const LABEL_STEP: f64 = 0.1;
 
 /// How a black-box teacher is asked. Good values for a float Conv4: 100 directions, radius 0.005 to 0.05,

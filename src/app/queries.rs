@@ -105,7 +105,7 @@ pub fn limits(
 }
 
 /// `total` shared equally among takers who can use at most `caps`; what one cannot use goes to the others, a rest
-/// that cannot be halved to the first.
+/// that cannot be divided to the last.
 fn share(total: u64, caps: &[Option<u64>]) -> Vec<u64> {
     let mut order: Vec<usize> = (0..caps.len()).collect();
     order.sort_by_key(|&i| caps[i].unwrap_or(u64::MAX));
@@ -116,13 +116,6 @@ fn share(total: u64, caps: &[Option<u64>]) -> Vec<u64> {
         shares[taker] = caps[taker].unwrap_or(u64::MAX).min(even);
         left -= shares[taker];
     }
-    // Fewer than there are takers, one each.
-    for (share, cap) in shares.iter_mut().zip(caps) {
-        if left > 0 && cap.is_none_or(|cap| *share < cap) {
-            *share += 1;
-            left -= 1;
-        }
-    }
     shares
 }
 
@@ -132,11 +125,11 @@ mod tests {
 
     #[test]
     fn shares_are_even_capped_and_spend_the_whole_budget() {
-        assert_eq!(share(10, &[None, None, None]), [4, 3, 3]);
+        assert_eq!(share(10, &[None, None, None]), [3, 3, 4]);
         assert_eq!(share(100, &[Some(10), None, Some(30)]), [10, 60, 30]);
         assert_eq!(share(100, &[Some(10), None, Some(80)]), [10, 45, 45]);
         assert_eq!(share(100, &[Some(1), Some(2)]), [1, 2]);
-        assert_eq!(share(1, &[Some(0), None, None]), [0, 1, 0]);
+        assert_eq!(share(1, &[Some(0), None, None]), [0, 0, 1]);
         assert_eq!(share(5, &[]), [0; 0]);
     }
 }

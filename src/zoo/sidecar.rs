@@ -265,6 +265,10 @@ impl Endpoint {
                 return Err(Error::input("`header_env` must be the name of an environment variable")
                     .hint("export the token in a variable and give that variable's name"));
             }
+            if name.starts_with("METAZOA_") {
+                let expected = "a variable that is no setting (those begin with `METAZOA_`)";
+                return Err(field("header_env", expected, name));
+            }
         }
         if let Some(seconds) = self.timeout_s
             && !(seconds > 0.0 && seconds <= MAX_TIMEOUT_S)

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, unused_crate_dependencies)]
 #![allow(clippy::print_stderr, unreachable_pub)]
 
+mod access;
 mod architectures;
 mod black;
 mod cli;

@@ -33,7 +33,7 @@ pub(crate) fn model(name: &str) -> PathBuf {
 }
 
 /// What the file's own sidecar says, for a sidecar of the served model.
-fn said(name: &str) -> String {
+pub(crate) fn said(name: &str) -> String {
     let text = std::fs::read_to_string(model(name).with_extension("yaml")).unwrap();
     let wanted = |line: &&str| !line.starts_with("schema_version") && !line.starts_with("model_");
     text.lines().filter(wanted).map(|line| format!("{line}\n")).collect()
@@ -454,4 +454,65 @@ fn ingest_lists_served_models_and_a_dead_server_rejects_its_own_only() {
     assert_eq!(ran.code, 0, "{}", ran.stderr);
     let result: Value = serde_json::from_str(&ran.stdout).unwrap();
     assert_eq!(result["queries"], server.queries());
+}
+
+/// A server that is not ours: MLServer, where TEST_MLSERVER names its program (CONTRIBUTING.md, "Tests").
+#[test]
+fn mlserver_is_asked_as_our_own_server_is() {
+    let Some(program) = std::env::var_os("TEST_MLSERVER") else {
+        eprintln!("SKIPPED: TEST_MLSERVER names no `mlserver` program");
+        return;
+    };
+    let dir = temp_dir();
+    let port = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let ports = [port(), port(), port()];
+    let file = repository().join("tests/python/mlserver/onnx_model.py");
+    std::fs::copy(file, dir.path().join("onnx_model.py")).unwrap();
+    std::fs::copy(model(CONV4), dir.path().join("m.onnx")).unwrap();
+    let known = read::read_file(&model(CONV4)).unwrap().spec;
+    let tensor = |name: &str, shape: &[i64]| serde_json::json!({"name": name, "datatype": "FP32", "shape": shape});
+    let settings = serde_json::json!({
+        "name": "m",
+        "implementation": "onnx_model.OnnxModel",
+        "parameters": {"uri": dir.path().join("m.onnx")},
+        "inputs": [tensor(&known.input_name, &[-1, 3, 32, 32])],
+        "outputs": [tensor(&known.logits_output, &[-1, 5])],
+    });
+    std::fs::write(dir.path().join("model-settings.json"), settings.to_string()).unwrap();
+    let [http_port, grpc_port, metrics_port] = ports;
+    let settings = serde_json::json!({
+        "host": "127.0.0.1", "http_port": http_port, "grpc_port": grpc_port,
+        "metrics_port": metrics_port, "parallel_workers": 0,
+    });
+    std::fs::write(dir.path().join("settings.json"), settings.to_string()).unwrap();
+    let mut child = std::process::Command::new(program)
+        .args(["start", "."])
+        .current_dir(dir.path())
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let url = format!("http://127.0.0.1:{http_port}");
+    let yaml = format!("schema_version: 1\nendpoint: {{url: '{url}', model_name: m}}\n{}", said(CONV4));
+    let begin = std::time::Instant::now();
+    let spec = loop {
+        match spec_of(&yaml, &Secrets::new(|_| None)) {
+            Ok(spec) => break spec,
+            Err(error) if begin.elapsed() > Duration::from_secs(90) => {
+                child.kill().unwrap();
+                panic!("{error}");
+            }
+            Err(_) => {}
+        }
+    };
+    let images = noise(20);
+    let teacher = BlackTeacher::connect(spec, None, OPTIONS).unwrap();
+    let answer = teacher.logits(&images);
+    let seen = std::fs::read_to_string(dir.path().join("queries.txt"));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let expected = BlackTeacher::open(known, runtime(), OPTIONS).unwrap().logits(&images).unwrap();
+    let answer = answer.unwrap();
+    assert!(answer.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-4));
+    assert_eq!((seen.unwrap().as_str(), teacher.queries()), ("20", 20));
 }

@@ -46,7 +46,7 @@ pub enum Estimator {
     Prior,
     /// Forward differences along the last estimate and orthonormal directions of low spatial frequency.
     PriorLowFrequency,
-    /// For labels only: long steps, each answer against the mean of all.
+    /// For labels only: long steps of low spatial frequency, each answer against the mean of all.
     HardLabel,
 }
 
@@ -60,7 +60,9 @@ enum Space {
 impl Estimator {
     fn space(self) -> Space {
         match self {
-            Self::LowFrequency | Self::PriorLowFrequency | Self::Guided => Space::LowFrequencies,
+            Self::LowFrequency | Self::PriorLowFrequency | Self::Guided | Self::HardLabel => {
+                Space::LowFrequencies
+            }
             _ => Space::Pixels,
         }
     }

@@ -147,7 +147,7 @@ pub enum EstimatorName {
     Prior,
     /// As `low-frequency`, with the last step's estimate as one direction.
     PriorLowFrequency,
-    /// For labels only: long steps, each answer against the mean of all. Taken by itself where a model gives
+    /// For labels only: long steps of low spatial frequency, each answer against the mean of all. Taken by itself where a model gives
     /// nothing else.
     HardLabel,
 }
