@@ -4,8 +4,11 @@
 //! of each estimate to the exact image gradient against queries an image and step.
 //!
 //! `cargo run --example estimator_bench -- agreement ZOO MODELS [STEPS] [ARM...]`: recovers images with each estimator and
-//! prints the share that the model puts into the wanted class against the queries spent on it. An arm is
-//! `ESTIMATOR:DIRECTIONS[:RADIUS]`.
+//! prints the share that the model itself puts into the wanted class, and the share that the zoo's other models which
+//! know the class by name put there (they never saw the images), against the queries spent. An arm is
+//! `ESTIMATOR:DIRECTIONS[:RADIUS[:FREQUENCIES[:STEPS]]]`.
+//!
+//! `RAYON_NUM_THREADS=1 cargo run --example estimator_bench -- throughput ZOO MODELS`: images asked a second.
 #![allow(clippy::print_stdout)]
 
 use std::path::Path;
@@ -18,9 +21,7 @@ use metazoa::access::{
     BlackOptions, BlackTeacher, Guide, Objective, Surrogate, Teacher, WhiteTeacher,
 };
 use metazoa::methods::parts::{CrossEntropy, Generator};
-use metazoa::methods::{
-    GenerateConfig, InvertConfig, RecoverConfig, Watch, recover_one,
-};
+use metazoa::methods::{GenerateConfig, InvertConfig, RecoverConfig, Watch, recover_one};
 use metazoa::tensor::{Images, RngStream};
 use metazoa::zoo::{Access, ModelSpec, read};
 use metazoa::{Error, Result, onnx};
@@ -30,6 +31,8 @@ use metazoa::{Error, Result, onnx};
 struct Arm {
     name: String,
     config: ZeroOrder,
+    /// Generator steps; 0 for those of the call.
+    steps: usize,
 }
 
 const ESTIMATORS: [(&str, Estimator); 8] = [
@@ -43,7 +46,7 @@ const ESTIMATORS: [(&str, Estimator); 8] = [
     ("hard-label", Estimator::HardLabel),
 ];
 
-/// `ESTIMATOR:DIRECTIONS[:RADIUS[:FREQUENCIES]]`.
+/// `ESTIMATOR:DIRECTIONS[:RADIUS[:FREQUENCIES[:STEPS]]]`.
 fn arm(text: &str) -> Result<Arm> {
     let bad = || Error::usage(format!("an arm is ESTIMATOR:DIRECTIONS[:RADIUS], got `{text}`"));
     let mut parts = text.split(':');
@@ -51,6 +54,7 @@ fn arm(text: &str) -> Result<Arm> {
     let (_, estimator) = ESTIMATORS.into_iter().find(|(name, _)| *name == word).ok_or_else(bad)?;
     let mut number = |usual: f64| parts.next().map_or(Ok(usual), |v| v.parse().map_err(|_| bad()));
     let (directions, radius, frequencies) = (number(20.0)?, number(0.005)?, number(8.0)?);
+    let steps = number(0.0)? as usize;
     let config = ZeroOrder {
         estimator,
         directions: directions as usize,
@@ -58,7 +62,7 @@ fn arm(text: &str) -> Result<Arm> {
         frequencies: frequencies as usize,
         pack: 1024,
     };
-    Ok(Arm { name: text.to_owned(), config })
+    Ok(Arm { name: text.to_owned(), config, steps })
 }
 
 fn main() -> Result<()> {
@@ -69,23 +73,28 @@ fn main() -> Result<()> {
     let number = |at: usize, usual| rest.get(at).and_then(|v| v.parse().ok()).unwrap_or(usual);
     let (count, steps): (usize, usize) = (number(0, 3), number(1, 0));
     let arms: Vec<Arm> = rest.iter().skip(2).map(|text| arm(text)).collect::<Result<_>>()?;
-    let specs = models(Path::new(zoo), count)?;
+    let everyone = models(Path::new(zoo))?;
+    let specs = &everyone[..count.min(everyone.len())];
     let cache = std::env::var("HOME").unwrap_or_default() + "/.cache/metazoa";
     let runtime = Runtime::load(&RuntimeOptions::new(cache))?;
     match mode.as_str() {
-        "cosine" => cosines(&specs, runtime, if steps == 0 { 30 } else { steps }, &arms),
-        "agreement" => agreements(&specs, runtime, if steps == 0 { 60 } else { steps }, &arms),
+        "cosine" => cosines(specs, runtime, if steps == 0 { 30 } else { steps }, &arms),
+        "agreement" => {
+            let judges = Judges::open(&everyone, runtime)?;
+            agreements(specs, &judges, runtime, if steps == 0 { 60 } else { steps }, &arms)
+        }
+        "throughput" => throughput(specs, runtime),
         other => Err(Error::usage(format!("unknown mode `{other}`"))),
     }
 }
 
-/// The first `count` models of `zoo` by name.
-fn models(zoo: &Path, count: usize) -> Result<Vec<ModelSpec>> {
+/// The models of `zoo` by name.
+fn models(zoo: &Path) -> Result<Vec<ModelSpec>> {
     let entries = std::fs::read_dir(zoo).map_err(|error| Error::io(zoo, &error))?;
     let mut files: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
     files.retain(|path| path.extension().is_some_and(|extension| extension == "onnx"));
     files.sort();
-    files.iter().take(count).map(|path| read::read_file(path).map(|model| model.spec)).collect()
+    files.iter().map(|path| read::read_file(path).map(|model| model.spec)).collect()
 }
 
 fn black(spec: &ModelSpec, runtime: &'static Runtime, config: ZeroOrder) -> Result<BlackTeacher> {
@@ -115,9 +124,11 @@ fn cosines(
     } else {
         arms.to_vec()
     };
-    println!("| estimator | directions | queries an image and step | cosine to the exact gradient |");
+    println!(
+        "| estimator | directions | queries an image and step | cosine to the exact gradient |"
+    );
     println!("|---|---|---|---|");
-    for Arm { name, config } in all {
+    for Arm { name, config, .. } in all {
         let (mut sum, mut seen, mut queries) = (0.0, 0usize, 0);
         for spec in specs {
             let folder = spec.path.parent().unwrap_or(Path::new("."));
@@ -155,23 +166,85 @@ fn cosines(
     Ok(())
 }
 
-/// Images recovered with each estimator, judged by the model.
+/// Best of five times 1024 random images.
+fn throughput(specs: &[ModelSpec], runtime: &'static Runtime) -> Result<()> {
+    for spec in specs {
+        let teacher = black(spec, runtime, arm("forward:1")?.config)?;
+        let [_, h, w] = spec.preprocess.input_size;
+        let mut rng = RngStream::new(0, "throughput", "", 0);
+        let data = (0..1024 * 3 * h * w).map(|_| rng.uniform()).collect();
+        let images = Images::new(data, [1024, 3, h, w])?;
+        let mut best = f64::INFINITY;
+        for _ in 0..5 {
+            let begin = std::time::Instant::now();
+            teacher.logits(&images)?;
+            best = best.min(begin.elapsed().as_secs_f64());
+        }
+        println!("{}: {:.0} images a second", spec.id, 1024.0 / best);
+    }
+    Ok(())
+}
+
+/// Models that say what they see in images recovered from another one.
+struct Judges(Vec<BlackTeacher>);
+
+impl Judges {
+    fn open(specs: &[ModelSpec], runtime: &'static Runtime) -> Result<Self> {
+        let config = arm("forward:1")?.config;
+        specs.iter().map(|spec| black(spec, runtime, config)).collect::<Result<_>>().map(Self)
+    }
+
+    /// Share of the verdicts for the image's class, by all models but `own` that know it by name.
+    fn share(
+        &self,
+        own: &str,
+        labels: &[String],
+        classes: &[usize],
+        images: &Images,
+    ) -> Result<f64> {
+        let (mut right, mut all) = (0usize, 0usize);
+        for judge in self.0.iter().filter(|judge| judge.spec().id != own) {
+            let known = &judge.spec().labels;
+            let wanted: Vec<Option<usize>> =
+                labels.iter().map(|label| known.iter().position(|other| other == label)).collect();
+            let shown: Vec<usize> =
+                (0..images.len()).filter(|&i| wanted[classes[i]].is_some()).collect();
+            if shown.is_empty() {
+                continue;
+            }
+            let scores = judge.logits(&images.select(&shown))?;
+            for (row, &i) in scores.chunks_exact(known.len()).zip(&shown) {
+                let best = (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b]));
+                right += usize::from(best == wanted[classes[i]]);
+                all += 1;
+            }
+        }
+        Ok(right as f64 / all as f64)
+    }
+}
+
+/// Images recovered with each estimator, judged by the model and by others.
 fn agreements(
     specs: &[ModelSpec],
+    judges: &Judges,
     runtime: &'static Runtime,
     steps: usize,
     arms: &[Arm],
 ) -> Result<()> {
-    let usual = ["forward:100", "forward:10", "prior:4", "low-frequency:4", "prior-low-frequency:4"];
+    let usual =
+        ["forward:100", "forward:10", "prior:4", "low-frequency:4", "prior-low-frequency:4"];
     let all: Vec<Arm> = if arms.is_empty() {
         usual.into_iter().map(arm).collect::<Result<_>>()?
     } else {
         arms.to_vec()
     };
-    println!("| estimator:directions | queries a model | agreement, % | least | loss |");
+    println!(
+        "| estimator:directions | queries a model | own agreement, % | others' agreement, % | loss |"
+    );
     println!("|---|---|---|---|---|");
-    for Arm { name, config } in all {
-        let (mut queries, mut agreement, mut least, mut losses) = (0, 0.0, f64::INFINITY, 0.0);
+    for Arm { name, config, steps: own_steps } in all {
+        let steps = if own_steps == 0 { steps } else { own_steps };
+        let (mut queries, mut agreement, mut others, mut losses) = (0, 0.0, 0.0, 0.0);
         for spec in specs {
             let teacher = black(spec, runtime, config)?;
             let recover = RecoverConfig {
@@ -193,7 +266,11 @@ fn agreements(
                     learning_rate: 1e-3,
                     latent: 256,
                     features: 32,
-                    tangents: if config.estimator == Estimator::Guided { config.directions } else { 0 },
+                    tangents: if config.estimator == Estimator::Guided {
+                        config.directions
+                    } else {
+                        0
+                    },
                 },
             };
             let last = std::sync::Mutex::new(f64::INFINITY);
@@ -208,15 +285,17 @@ fn agreements(
             let found = recover_one(&teacher, &recover, &watch)?;
             queries += found.queries;
             agreement += found.agreement;
-            least = least.min(found.agreement);
+            let images = &found.images;
+            let (labels, classes) = (&images.labels, &images.classes);
+            others += judges.share(&spec.id, labels, classes, &images.images())?;
             losses += last.into_inner().unwrap_or(f64::NAN);
         }
         let n = specs.len() as f64;
         println!(
-            "| {name} | {} | {:.1} | {:.0} | {:.3} |",
+            "| {name} | {} | {:.1} | {:.1} | {:.3} |",
             queries / specs.len() as u64,
             100.0 * agreement / n,
-            100.0 * least,
+            100.0 * others / n,
             losses / n
         );
     }

@@ -119,8 +119,8 @@ impl BlackTeacher {
         if options.batch == 0 {
             return Err(Error::usage("a batch needs at least `1` image"));
         }
-        let adapter =
-            Adapter::new(&spec.preprocess).context(|| format!("model `{}`", spec.path.display()))?;
+        let adapter = Adapter::new(&spec.preprocess)
+            .context(|| format!("model `{}`", spec.path.display()))?;
         let budget = QueryBudget::new(spec.query_budget);
         Ok(Self { spec, adapter, backend, budget, options })
     }
@@ -143,7 +143,8 @@ impl BlackTeacher {
         let config = self.options.zero_order;
         let labels = self.spec.output_kind == OutputKind::Labels;
         let rounding = if is_quantised(&self.spec) { QUANTISED_STEP } else { 0.0 };
-        let least = if labels || config.estimator == Estimator::HardLabel { LABEL_STEP } else { 0.0 };
+        let least =
+            if labels || config.estimator == Estimator::HardLabel { LABEL_STEP } else { 0.0 };
         let step = rounding.max(least).max(f64::from(self.adapter.quantum()));
         ZeroOrder {
             radius: config.radius.max(step * (images.stride() as f64).sqrt()),

@@ -87,7 +87,9 @@ impl Runtime {
             "`--device {device}` is asked for, and this ONNX Runtime has no CUDA: `{}`",
             self.library.path.display()
         ))
-        .hint("run `metazoa setup --cuda 13` (or 12), or leave out `--device` to use the processor"))
+        .hint(
+            "run `metazoa setup --cuda 13` (or 12), or leave out `--device` to use the processor",
+        ))
     }
 
     fn fits(&self, options: &RuntimeOptions) -> Result<()> {

@@ -117,10 +117,11 @@ pub(super) fn has_cuda() -> bool {
 pub(super) fn open(environment: &Environment, model: &Path, device: Device) -> Result<Session> {
     // Beside a link, ONNX Runtime looks for external data in the link's folder, then refuses it.
     let real = model.canonicalize().map_err(|error| Error::io(model, &error))?;
-    let inner =
-        configure(environment, device).and_then(|mut builder| builder.commit_from_file(&real)).map_err(
-            |error| Error::input(format!("ONNX Runtime refuses the model: {}", brief(&error))),
-        )?;
+    let inner = configure(environment, device)
+        .and_then(|mut builder| builder.commit_from_file(&real))
+        .map_err(|error| {
+            Error::input(format!("ONNX Runtime refuses the model: {}", brief(&error)))
+        })?;
     let inputs = inner.inputs().iter().map(port).collect();
     let outputs = inner.outputs().iter().map(port).collect();
     Ok(Session { inner, inputs, outputs })

@@ -15,7 +15,9 @@ use crate::zoo::sidecar::Endpoint;
 
 /// Values of environment variables that sidecars name (tokens), looked up when they are needed and kept nowhere.
 #[derive(Clone)]
-pub struct Secrets(Arc<dyn Fn(&str) -> Option<String> + Send + Sync>);
+pub struct Secrets(Arc<Lookup>);
+
+type Lookup = dyn Fn(&str) -> Option<String> + Send + Sync;
 
 impl Secrets {
     /// Looked up by `find`.

@@ -10,8 +10,8 @@ use rayon::prelude::*;
 
 use super::{Context, ingest_probe, ingest_remote};
 use crate::error::{Error, Result};
-use crate::zoo::catalog::{Catalog, CatalogModel};
 use crate::zoo::candidates::Paired;
+use crate::zoo::catalog::{Catalog, CatalogModel};
 use crate::zoo::{ModelSpec, Rejection, candidates, read, walk};
 
 /// What to ingest.

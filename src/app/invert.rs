@@ -68,8 +68,7 @@ pub fn invert(context: &Context, options: &InvertOptions) -> Result<InvertResult
     };
     let folder = options.model.parent().filter(|p| !p.as_os_str().is_empty());
     let folder = folder.unwrap_or(Path::new(".")).to_path_buf();
-    let teachers =
-        TeacherOptions::new(context, &options.config, folder, options.runtime.clone());
+    let teachers = TeacherOptions::new(context, &options.config, folder, options.runtime.clone());
     let teacher = open(&spec, &teachers)?;
     let config = settings::recover_config(&options.config);
     let stage = context.progress.stage("invert", Some(config.steps(&spec) as u64));

@@ -88,11 +88,7 @@ pub fn file_name(spec: &ModelSpec) -> String {
 
 /// Limits by model id: the sidecar's `query_budget`, else `usual`, and together no more than `run`. Models that
 /// are not asked have none.
-pub fn limits(
-    specs: &[ModelSpec],
-    usual: Option<u64>,
-    run: Option<u64>,
-) -> BTreeMap<String, u64> {
+pub fn limits(specs: &[ModelSpec], usual: Option<u64>, run: Option<u64>) -> BTreeMap<String, u64> {
     let asked: Vec<&ModelSpec> =
         specs.iter().filter(|spec| spec.access != Access::WhiteBox).collect();
     let own: Vec<Option<u64>> = asked.iter().map(|spec| spec.query_budget.or(usual)).collect();

@@ -20,8 +20,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::config::RunConfig;
-use super::queries::ModelOutcome;
 use super::files::{temporary_beside, write_atomically};
+use super::queries::ModelOutcome;
 use crate::error::{Error, Result, ResultExt};
 use crate::report::{Event, EventLog, read_events};
 use crate::zoo::{Access, Rejection};

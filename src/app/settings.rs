@@ -68,12 +68,13 @@ impl RecoverConfig {
 /// How black-box models are asked.
 pub fn black_options(config: &RunConfig) -> BlackOptions {
     let black = &config.recover.black_box;
+    let side = config.image_size[0].min(config.image_size[1]);
     BlackOptions {
         zero_order: ZeroOrder {
             estimator: estimator(black.estimator),
             directions: black.directions,
             radius: black.smoothing,
-            frequencies: black.frequencies,
+            frequencies: black.frequencies.unwrap_or(side.div_ceil(4)),
             pack: PACK,
         },
         batch: QUERY_BATCH,

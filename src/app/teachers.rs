@@ -40,7 +40,12 @@ pub struct TeacherOptions {
 
 impl TeacherOptions {
     /// What `config` says, for the models of `zoo`.
-    pub fn new(context: &Context, config: &RunConfig, zoo: PathBuf, runtime: RuntimeOptions) -> Self {
+    pub fn new(
+        context: &Context,
+        config: &RunConfig,
+        zoo: PathBuf,
+        runtime: RuntimeOptions,
+    ) -> Self {
         let sessions = config.recover.black_box.max_open;
         // One for every worker, and as many idle ones of models that are asked by turns.
         let sessions = sessions.unwrap_or(2 * rayon::current_num_threads());
@@ -103,7 +108,8 @@ fn unchanged(spec: &ModelSpec, zoo: &Path) -> Result<()> {
         return Ok(());
     }
     // Models with external data are known by all their files.
-    let external = onnx::load(&spec.path, zoo).map(|model| model.external_files).unwrap_or_default();
+    let external =
+        onnx::load(&spec.path, zoo).map(|model| model.external_files).unwrap_or_default();
     let files = std::iter::once(spec.path.as_path()).chain(external.iter().map(PathBuf::as_path));
     if !external.is_empty() && files_sha(files)? == spec.sha {
         return Ok(());

@@ -161,7 +161,8 @@ pub fn recover_one(
             }
             Access::BlackBox | Access::Remote => {
                 let own = &config.black_box;
-                match generate(teacher, &labels, config.image_size, own, seed, block as u64, watch) {
+                match generate(teacher, &labels, config.image_size, own, seed, block as u64, watch)
+                {
                     Ok((made, RecoverStop::Done)) => made,
                     Ok((made, ended)) => {
                         stop = ended;

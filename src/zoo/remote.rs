@@ -91,8 +91,9 @@ impl Endpoint {
 pub fn describe(candidate: &RemoteCandidate, served: &ServedModel) -> Result<CatalogModel> {
     let said = &candidate.sidecar.content;
     if said.access == Some(SidecarAccess::WhiteBox) {
-        return Err(Error::unsupported("a served model cannot be white-box")
-            .hint("remove `access: white-box`, or put the model's `.onnx` file beside the sidecar"));
+        return Err(Error::unsupported("a served model cannot be white-box").hint(
+            "remove `access: white-box`, or put the model's `.onnx` file beside the sidecar",
+        ));
     }
     let input = input_facts(served, said)?;
     let output = output_facts(served, said)?;
@@ -207,8 +208,10 @@ fn input_facts(served: &ServedModel, said: &Sidecar) -> Result<InputFacts> {
     };
     if [height, width].into_iter().flatten().any(|side| side > MAX_SIDE) {
         let found = format!("{:?}", input.shape);
-        return Err(Error::input(format!("image sides go up to {MAX_SIDE} pixels, found `{found}`"))
-            .context(place(input)));
+        return Err(Error::input(format!(
+            "image sides go up to {MAX_SIDE} pixels, found `{found}`"
+        ))
+        .context(place(input)));
     }
     Ok(InputFacts {
         name: input.name.clone(),

@@ -82,10 +82,8 @@ fn what_server_and_sidecar_cannot_agree_on_is_refused_by_name() {
 
 #[test]
 fn the_identity_follows_the_model_and_not_the_address() {
-    let model = served(
-        &[tensor("image", "FP32", &[-1, 3, 32, 32])],
-        &[tensor("y", "FP32", &[-1, 5])],
-    );
+    let model =
+        served(&[tensor("image", "FP32", &[-1, 3, 32, 32])], &[tensor("y", "FP32", &[-1, 5])]);
     let sha = |yaml: &str| describe(&candidate(yaml), &model).unwrap().spec.sha;
     let moved = PLAIN.replace("localhost:1", "localhost:2");
     assert_eq!(sha(PLAIN), sha(&moved));

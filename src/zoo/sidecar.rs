@@ -251,9 +251,8 @@ impl Endpoint {
         let host = ["http://", "https://"].iter().find_map(|scheme| self.url.strip_prefix(scheme));
         let authority = host.and_then(|rest| rest.split('/').next()).unwrap_or_default();
         if authority.contains('@') {
-            return Err(Error::input("`url` must not carry a name or password").hint(
-                "put the token into an environment variable and name that in `header_env`",
-            ));
+            return Err(Error::input("`url` must not carry a name or password")
+                .hint("put the token into an environment variable and name that in `header_env`"));
         }
         let odd = |c: char| c.is_whitespace() || c.is_control() || matches!(c, '?' | '#');
         if authority.is_empty() || self.url.contains(odd) {
@@ -262,8 +261,10 @@ impl Endpoint {
         if let Some(name) = &self.header_env {
             let start = name.chars().next().is_some_and(|c| c.is_ascii_alphabetic() || c == '_');
             if !start || !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') {
-                return Err(Error::input("`header_env` must be the name of an environment variable")
-                    .hint("export the token in a variable and give that variable's name"));
+                return Err(Error::input(
+                    "`header_env` must be the name of an environment variable",
+                )
+                .hint("export the token in a variable and give that variable's name"));
             }
             if name.starts_with("METAZOA_") {
                 let expected = "a variable that is no setting (those begin with `METAZOA_`)";

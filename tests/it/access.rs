@@ -178,7 +178,8 @@ fn labels_alone_lower_the_loss_that_they_do_not_show() {
     let Some(glyphs) = Glyphs::load(6) else { return };
     let folder = temp_dir();
     let spec = labels_only(folder.path());
-    let zero_order = ZeroOrder { estimator: Estimator::Forward, directions: 300, ..OPTIONS.zero_order };
+    let zero_order =
+        ZeroOrder { estimator: Estimator::Forward, directions: 300, ..OPTIONS.zero_order };
     let options = BlackOptions { zero_order, batch: 128 };
     let teacher = BlackTeacher::open(spec.clone(), runtime(), options).unwrap();
     assert_eq!(teacher.zero_order(&noise(1)).estimator, Estimator::HardLabel);

@@ -318,10 +318,15 @@ fn a_run_outlives_the_death_of_its_models_and_counts_what_the_servers_saw() {
         ("z_replaced", "black-box", "failed"),
     ] {
         let row = outcome(&result, id);
-        assert_eq!((row["access"].as_str(), row["stop_reason"].as_str()), (Some(access), Some(stop)), "{row}");
+        assert_eq!(
+            (row["access"].as_str(), row["stop_reason"].as_str()),
+            (Some(access), Some(stop)),
+            "{row}"
+        );
         assert_eq!(row["images"], if stop == "failed" { 0 } else { 30 }, "{row}");
     }
-    for (id, server) in [("d_good", good), ("e_dying", dying), ("f_poor", poor), ("g_shaky", shaky)] {
+    for (id, server) in [("d_good", good), ("e_dying", dying), ("f_poor", poor), ("g_shaky", shaky)]
+    {
         assert_eq!(outcome(&result, id)["queries"], server.queries(), "{id}");
     }
     assert_eq!(outcome(&result, "b_black")["queries"], WHOLE);
@@ -396,7 +401,8 @@ fn the_token_is_written_nowhere() {
     std::fs::create_dir(&zoo).unwrap();
     let server = Server::start(&model(CONV4), "m", Data::Json);
     let token = "sesame-81c2e5";
-    let yaml = server.sidecar(&said(CONV4)).replace("model_name", "header_env: TOKEN_81, model_name");
+    let yaml =
+        server.sidecar(&said(CONV4)).replace("model_name", "header_env: TOKEN_81, model_name");
     std::fs::write(zoo.join("m.yaml"), yaml).unwrap();
     server.faults(&[Fault::Status(500), Fault::Cut]);
     let mut said = String::new();
@@ -493,7 +499,8 @@ fn mlserver_is_asked_as_our_own_server_is() {
         .spawn()
         .unwrap();
     let url = format!("http://127.0.0.1:{http_port}");
-    let yaml = format!("schema_version: 1\nendpoint: {{url: '{url}', model_name: m}}\n{}", said(CONV4));
+    let yaml =
+        format!("schema_version: 1\nendpoint: {{url: '{url}', model_name: m}}\n{}", said(CONV4));
     let begin = std::time::Instant::now();
     let spec = loop {
         match spec_of(&yaml, &Secrets::new(|_| None)) {

@@ -245,7 +245,10 @@ impl State {
         };
         let (inputs, outputs) = (tensors(session.inputs()), tensors(session.outputs()));
         let platform = "onnxruntime_onnx";
-        (200, json!({"name": self.name, "platform": platform, "inputs": inputs, "outputs": outputs}))
+        (
+            200,
+            json!({"name": self.name, "platform": platform, "inputs": inputs, "outputs": outputs}),
+        )
     }
 
     /// All outputs of the model: JSON, and the bytes behind it.

@@ -256,14 +256,14 @@ fn broken(error: &ureq::Error) -> Failure {
         E::Timeout(Timeout::Resolve | Timeout::Connect) => true,
         E::Io(io) => matches!(
             io.kind(),
-            Io::ConnectionRefused | Io::HostUnreachable | Io::NetworkUnreachable | Io::AddrNotAvailable
+            Io::ConnectionRefused
+                | Io::HostUnreachable
+                | Io::NetworkUnreachable
+                | Io::AddrNotAvailable
         ),
         _ => false,
     };
-    let passing = match error {
-        E::Io(_) | E::Timeout(_) | E::ConnectionFailed | E::Protocol(_) => true,
-        _ => false,
-    };
+    let passing = matches!(error, E::Io(_) | E::Timeout(_) | E::ConnectionFailed | E::Protocol(_));
     let text = match error {
         E::Timeout(_) => "no answer in time".to_owned(),
         E::Io(io) => match io.kind() {

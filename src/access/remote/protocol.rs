@@ -105,7 +105,8 @@ pub(super) fn answer(body: &Body, output: &str) -> Result<Tensor> {
         }
     }
     let (tensor, data) = found.ok_or_else(|| bad(format!("has no output `{output}`")))?;
-    let shape = sizes(&tensor["shape"]).ok_or_else(|| bad(format!("has no shape of `{output}`")))?;
+    let shape =
+        sizes(&tensor["shape"]).ok_or_else(|| bad(format!("has no shape of `{output}`")))?;
     let datatype = tensor["datatype"].as_str().unwrap_or_default();
     let values = match data {
         Some(bytes) => from_bytes(datatype, bytes),
@@ -124,7 +125,8 @@ pub(super) fn answer(body: &Body, output: &str) -> Result<Tensor> {
 /// # Errors
 /// When it is none.
 pub(super) fn served_model(json: &Value) -> Result<ServedModel> {
-    let bad = || Error::input("the server's description of the model is not one of the protocol v2");
+    let bad =
+        || Error::input("the server's description of the model is not one of the protocol v2");
     let tensors = |key: &str| -> Result<Vec<ServedTensor>> {
         let list = json[key].as_array().map(Vec::as_slice).unwrap_or_default();
         list.iter()
@@ -211,7 +213,9 @@ fn from_bytes(datatype: &str, bytes: &[u8]) -> Option<Values> {
         "INT8" => Values::I8(each(bytes, i8::from_le_bytes)?),
         "INT32" => Values::I32(each(bytes, i32::from_le_bytes)?),
         "INT64" => Values::I64(each(bytes, i64::from_le_bytes)?),
-        "UINT32" => Values::I64(each(bytes, u32::from_le_bytes)?.into_iter().map(i64::from).collect()),
+        "UINT32" => {
+            Values::I64(each(bytes, u32::from_le_bytes)?.into_iter().map(i64::from).collect())
+        }
         _ => return None,
     })
 }
@@ -255,7 +259,10 @@ mod tests {
         let body = request("x \"quoted\"", &input, "y", Encoding::Json).unwrap();
         let json: Value = serde_json::from_slice(&body.bytes).unwrap();
         let tensor = &json["inputs"][0];
-        assert_eq!((&tensor["name"], &tensor["datatype"]), (&json!("x \"quoted\""), &json!("FP32")));
+        assert_eq!(
+            (&tensor["name"], &tensor["datatype"]),
+            (&json!("x \"quoted\""), &json!("FP32"))
+        );
         assert_eq!(tensor["shape"], json!([2, 2]));
         assert_eq!(from_json("FP32", &tensor["data"]), Some(Values::F32(values.clone())));
         assert_eq!(json["outputs"][0]["name"], "y");
@@ -272,7 +279,8 @@ mod tests {
     fn an_answer_is_read_flat_nested_and_binary() {
         let flat = br#"{"outputs":[{"name":"a","shape":[1],"datatype":"FP32","data":[9]},
             {"name":"y","shape":[2,2],"datatype":"FP32","data":[1,2.5,3,4]}]}"#;
-        let nested = br#"{"outputs":[{"name":"y","shape":[2,2],"datatype":"FP32","data":[[1,2.5],[3,4]]}]}"#;
+        let nested =
+            br#"{"outputs":[{"name":"y","shape":[2,2],"datatype":"FP32","data":[[1,2.5],[3,4]]}]}"#;
         let expected = Tensor::f32([2, 2], vec![1.0, 2.5, 3.0, 4.0]);
         for json in [flat.as_slice(), nested.as_slice()] {
             let body = Body { bytes: json.to_vec(), json_length: None };

@@ -40,17 +40,27 @@ impl<'a> Directions<'a> {
         }
         let fits = |basis: &Images| {
             let own = basis.shape();
-            own[1..] == shape[1..] && own[0] % n.max(1) == 0
+            own[1..] == shape[1..] && own[0].is_multiple_of(n.max(1))
         };
         if let Some(basis) = guide.basis.filter(|basis| !fits(basis)) {
             return Err(misfit("a basis", basis));
         }
         let cosines = match config.estimator.space() {
             Space::Pixels => [Vec::new(), Vec::new()],
-            Space::LowFrequencies => [cosines(config.frequencies, h), cosines(config.frequencies, w)],
+            Space::LowFrequencies => {
+                [cosines(config.frequencies, h), cosines(config.frequencies, w)]
+            }
         };
         let count = config.count([c, h, w]);
-        Ok(Self { config: *config, guide: *guide, shape: [c, h, w], key, count, images: n, cosines })
+        Ok(Self {
+            config: *config,
+            guide: *guide,
+            shape: [c, h, w],
+            key,
+            count,
+            images: n,
+            cosines,
+        })
     }
 
     /// Unit vectors, the promising ones first.

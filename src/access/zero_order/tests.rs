@@ -67,9 +67,8 @@ fn the_cosine_to_the_true_gradient_follows_the_theory() {
         for q in [10, 50, 200, 1000] {
             let config = ZeroOrder { directions: q, estimator, ..CONFIG };
             let estimate = waves.estimate(&images, &config, q as u64);
-            let cosines: Vec<f64> = (0..n)
-                .map(|i| cosine(estimate.image(i), &waves.gradient(&images, i)))
-                .collect();
+            let cosines: Vec<f64> =
+                (0..n).map(|i| cosine(estimate.image(i), &waves.gradient(&images, i))).collect();
             let mean = cosines.iter().sum::<f64>() / n as f64;
             let spread = cosines.iter().map(|c| (c - mean).powi(2)).sum::<f64>() / n as f64;
             let error = (spread / n as f64).sqrt();
@@ -149,7 +148,8 @@ fn directions_of_different_images_are_independent() {
         Ok((0..owners.len()).map(value).collect())
     };
     let values = loss(&twice, &[0, 1]).unwrap();
-    let estimate = estimate_gradient(&twice, &values, &CONFIG, &NONE, &mut stream(5), &loss).unwrap();
+    let estimate =
+        estimate_gradient(&twice, &values, &CONFIG, &NONE, &mut stream(5), &loss).unwrap();
     assert!(cosine(estimate.image(0), estimate.image(1)) < 0.6);
 }
 
@@ -223,12 +223,8 @@ fn low_frequencies_see_smooth_gradients_only() {
             Ok((0..owners.len()).map(value).collect())
         };
         let values = loss(&images, &[0; 8]).unwrap();
-        let config = ZeroOrder {
-            estimator: Estimator::LowFrequency,
-            directions: 12,
-            radius: 0.1,
-            ..CONFIG
-        };
+        let config =
+            ZeroOrder { estimator: Estimator::LowFrequency, directions: 12, radius: 0.1, ..CONFIG };
         let found =
             estimate_gradient(&images, &values, &config, &NONE, &mut stream(3), &loss).unwrap();
         let mean = (0..8).map(|i| cosine(found.image(i), &slope)).sum::<f64>() / 8.0;
@@ -284,9 +280,8 @@ fn a_basis_that_holds_the_gradient_finds_it_whole() {
     assert!(mean_cosine(&found, &truth) > 0.999);
     let misfit = Guide { basis: Some(&basis.range(0, 8)), prior: None };
     let values = [0.0; 3];
-    let outcome = estimate_gradient(&images, &values, &config, &misfit, &mut stream(1), &|_, _| {
-        Ok(vec![])
-    });
+    let outcome =
+        estimate_gradient(&images, &values, &config, &misfit, &mut stream(1), &|_, _| Ok(vec![]));
     assert!(outcome.is_err(), "eight directions for three images");
 }
 
@@ -308,12 +303,8 @@ fn labels_alone_point_along_the_normal_of_the_boundary() {
         };
         Ok(owners.iter().enumerate().map(value).collect())
     };
-    let config = ZeroOrder {
-        estimator: Estimator::HardLabel,
-        directions: 400,
-        radius: 1.0,
-        ..CONFIG
-    };
+    let config =
+        ZeroOrder { estimator: Estimator::HardLabel, directions: 400, radius: 1.0, ..CONFIG };
     let found =
         estimate_gradient(&images, &[7.0; 6], &config, &NONE, &mut stream(8), &loss).unwrap();
     for i in 0..6 {

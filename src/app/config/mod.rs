@@ -12,8 +12,7 @@ pub mod types;
 
 pub use types::{
     AugmentationConfig, BlackBoxConfig, ColorConfig, Edge, EstimatorName, EvalConfig, ExportForm,
-    MetaConfig,
-    Method, RecoverConfig, RunConfig, Schedule, SurrogateName, WhiteBoxConfig,
+    MetaConfig, Method, RecoverConfig, RunConfig, Schedule, SurrogateName, WhiteBoxConfig,
 };
 
 use crate::error::{Error, Result, ResultExt};
@@ -111,7 +110,7 @@ impl RunConfig {
             ("max_models", self.max_models.unwrap_or(1)),
             ("recover.images_per_class", self.recover.images_per_class),
             ("recover.black_box.directions", self.recover.black_box.directions),
-            ("recover.black_box.frequencies", self.recover.black_box.frequencies),
+            ("recover.black_box.frequencies", self.recover.black_box.frequencies.unwrap_or(1)),
             ("recover.black_box.max_open", self.recover.black_box.max_open.unwrap_or(1)),
             ("meta.width", self.meta.width),
             ("meta.shot", self.meta.shot),

@@ -116,8 +116,9 @@ pub struct BlackBoxConfig {
     pub estimator: EstimatorName,
     /// Directions q of an estimate.
     pub directions: usize,
-    /// Spatial frequencies each way that the low-frequency estimators ask along.
-    pub frequencies: usize,
+    /// Spatial frequencies each way that the low-frequency estimators ask along; null is a quarter of the image's
+    /// shorter side, the grid that the generator starts from.
+    pub frequencies: Option<usize>,
     /// Smoothing mu of the finite differences.
     pub smoothing: f64,
     /// Queries that may be spent on a model without a budget of its own; null is no limit.
@@ -313,7 +314,7 @@ impl Default for BlackBoxConfig {
             features: 32,
             estimator: EstimatorName::Forward,
             directions: 20,
-            frequencies: 8,
+            frequencies: None,
             smoothing: 0.005,
             query_budget: Some(500_000),
             run_budget: None,

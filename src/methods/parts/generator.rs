@@ -202,7 +202,8 @@ mod tests {
         assert_eq!(tangents.shape(), [6, 3, 8, 8]);
         let first = twin.normals(24);
         let mut moved = generator;
-        let step = Tensor::from_vec(first.iter().map(|v| 0.02 * v).collect(), &[3, 8], &Device::Cpu);
+        let step =
+            Tensor::from_vec(first.iter().map(|v| 0.02 * v).collect(), &[3, 8], &Device::Cpu);
         let here = moved.images().unwrap();
         moved.parameters[0] = (&moved.parameters[0] + step.unwrap()).unwrap();
         let there = moved.images().unwrap();
