@@ -393,6 +393,40 @@ fn a_budget_survives_kill_9_and_resume_to_the_query() {
     assert_eq!(counted() - written, server.queries() - seen, "the second call counts exactly");
 }
 
+/// Shares are fixed before the first query: the same images for one worker and two, and never more than the budget.
+#[test]
+fn the_budget_of_a_run_is_shared_among_its_models_whatever_the_jobs() {
+    let dir = temp_dir();
+    let zoo = dir.path().join("zoo");
+    copy_model(&zoo, CONV4, "a", "access: black-box\n");
+    copy_model(&zoo, CONV4, "b", "access: black-box\nquery_budget: 130\n");
+    copy_model(&zoo, "ss_011_glyphs_conv4_32", "c", "access: black-box\n");
+    let mut banks = Vec::new();
+    for jobs in ["1", "2"] {
+        let out = format!("run{jobs}");
+        let mut args = vec!["train", "zoo", "--out", &out, "--json", "--budget", "500"];
+        args.extend(["--jobs", jobs, "--max-open", "1"]);
+        args.extend(QUICK);
+        let ran = run_in(dir.path(), &args);
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        let result: Value = serde_json::from_str(&ran.stdout).unwrap();
+        for (id, budget, queries) in [("a", 185, 150), ("b", 130, 120), ("c", 185, 150)] {
+            let row = outcome(&result, id);
+            assert_eq!((&row["query_budget"], &row["queries"]), (&budget.into(), &queries.into()));
+            assert_eq!(row["stop_reason"], "budget-spent", "{row}");
+        }
+        let mut bank: Vec<(PathBuf, Vec<u8>)> =
+            std::fs::read_dir(dir.path().join(out).join("bank"))
+                .unwrap()
+                .map(|entry| entry.unwrap())
+                .map(|entry| (entry.file_name().into(), std::fs::read(entry.path()).unwrap()))
+                .collect();
+        bank.sort();
+        banks.push(bank);
+    }
+    assert!(banks[0] == banks[1], "the jobs changed the images");
+}
+
 /// With everything said (-vv), in failure and success, the token shows nowhere.
 #[test]
 fn the_token_is_written_nowhere() {
