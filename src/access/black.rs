@@ -1,22 +1,27 @@
-//! A teacher that can only be asked: a model run by ONNX Runtime, its gradient estimated from queries.
+//! A teacher that can only be asked: a model run by ONNX Runtime or behind an address, its gradient
+//! estimated from queries.
 //!
-//! Invariants: no weight and no graph gradient ever leaves this file, and every answer is paid from the
-//! [`QueryBudget`] before it is given. Each worker thread uses a session of its own; batches are cut the
-//! same way whatever the number of threads, so results do not depend on it.
+//! Invariants: no weight and no graph gradient ever leaves this file, and every image sent is taken from the
+//! [`QueryBudget`] before it is sent. Batches are cut the same way whatever the number of threads, so results
+//! do not depend on it.
 
-use std::sync::{Mutex, PoisonError};
+use std::fmt;
+use std::sync::Arc;
 
 use half::f16;
 use rayon::prelude::*;
 
 use super::Adapter;
-use super::budget::QueryBudget;
+use super::budget::{QueryBudget, Reservation};
+use super::local::LocalModel;
+use super::pool::SessionPool;
+use super::remote::{Authorization, RemoteModel};
 use super::runtime::Runtime;
-use super::session::{Session, Tensor, Values};
-use super::teacher::{ImageGradient, Objective, Teacher};
-use super::zero_order::{ZeroOrder, estimate_gradient};
+use super::session::{Tensor, Values};
+use super::teacher::{Guide, ImageGradient, Objective, Teacher};
+use super::zero_order::{Estimator, ZeroOrder, estimate_gradient};
 use crate::error::{Error, Result, ResultExt};
-use crate::tensor::{Images, RngStream};
+use crate::tensor::{Device, Images, RngStream};
 use crate::zoo::{BatchDimension, ElementType, ModelSpec, OutputKind};
 
 /// Probability below which a logarithm is cut off: the smallest normal `f32` (`ln` = -87.3).
@@ -30,6 +35,10 @@ const LABEL_DOUBT: f32 = 1e-3;
 /// the loss by 2.6 with this step, by 1.2 with a tenth of it, by 1.5 with seven times it.
 const QUANTISED_STEP: f64 = 0.011;
 
+/// Root mean square of a step on one pixel that moves a label often enough to learn from: of 0.03, 0.05 and 0.1
+/// the last gives the most (docs/black-box.md, "Labels only").
+const LABEL_STEP: f64 = 0.1;
+
 /// How a black-box teacher is asked. Good values for a float Conv4: 100 directions, radius 0.005 to 0.05,
 /// forward differences (at equal queries antithetic ones are worse unless the radius exceeds 1).
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -38,40 +47,88 @@ pub struct BlackOptions {
     pub zero_order: ZeroOrder,
     /// Images per run of a model whose batch is free; the sidecar's `max_batch_size` may lower it.
     pub batch: usize,
-    /// Queries already spent on it (a resumed run).
-    pub spent: u64,
 }
 
-/// A model behind ONNX Runtime.
+/// What answers: one request of one batch at a time, from any thread.
+pub(super) trait Backend: Send + Sync + fmt::Debug {
+    /// Axes of the image input: 4, or 2 for models that take flattened images.
+    fn rank(&self) -> usize;
+
+    /// Queries that a batch of `asked` images, filled up to `filled`, counts as.
+    fn cost(&self, asked: usize, filled: usize) -> u64;
+
+    /// Answers one batch; `cost` queries are taken from `paid` each time the batch is sent.
+    ///
+    /// # Errors
+    /// When no answer comes, or `paid` does not cover it.
+    fn run(&self, input: Tensor, cost: u64, paid: &Reservation<'_>) -> Result<Tensor>;
+}
+
+/// A model that can only be asked.
 #[derive(Debug)]
 pub struct BlackTeacher {
     spec: ModelSpec,
     adapter: Adapter,
-    runtime: &'static Runtime,
-    /// Sessions not in use; a worker that finds none opens one more.
-    idle: Mutex<Vec<Session>>,
+    backend: Box<dyn Backend>,
     budget: QueryBudget,
     options: BlackOptions,
-    /// Axes of the image input: 4, or 2 for models that take flattened images.
-    rank: usize,
 }
 
 impl BlackTeacher {
-    /// Opens the model of `spec`. The file must have passed a [`probe`](super::probe).
+    /// Opens the model of `spec` in ONNX Runtime on the processor, with sessions of its own. The file must
+    /// have passed a [`probe`](super::probe).
     ///
     /// # Errors
     /// When the file cannot be opened or does not have the input and output that `spec` names.
     pub fn open(spec: ModelSpec, runtime: &'static Runtime, options: BlackOptions) -> Result<Self> {
+        let pool = Arc::new(SessionPool::new(usize::MAX));
+        Self::open_in(spec, runtime, Device::Cpu, &pool, options)
+    }
+
+    /// As [`BlackTeacher::open`], on `device` and with sessions out of `pool`.
+    ///
+    /// # Errors
+    /// As [`BlackTeacher::open`]; when the device is not there.
+    pub fn open_in(
+        spec: ModelSpec,
+        runtime: &'static Runtime,
+        device: Device,
+        pool: &Arc<SessionPool>,
+        options: BlackOptions,
+    ) -> Result<Self> {
         let at = || format!("model `{}`", spec.path.display());
+        let backend = LocalModel::open(&spec, runtime, device, pool).context(at)?;
+        Self::new(spec, Box::new(backend), options)
+    }
+
+    /// Reaches the served model of `spec`, which has an endpoint. Asks the server what it is, spends no query.
+    ///
+    /// # Errors
+    /// When the server cannot be reached or does not serve such a model.
+    pub fn connect(
+        spec: ModelSpec,
+        authorization: Option<Authorization>,
+        options: BlackOptions,
+    ) -> Result<Self> {
+        let at = || format!("model `{}`", spec.path.display());
+        let backend = RemoteModel::open(&spec, authorization).context(at)?;
+        Self::new(spec, Box::new(backend), options)
+    }
+
+    fn new(spec: ModelSpec, backend: Box<dyn Backend>, options: BlackOptions) -> Result<Self> {
         if options.batch == 0 {
             return Err(Error::usage("a batch needs at least `1` image"));
         }
-        let adapter = Adapter::new(&spec.preprocess).context(at)?;
-        let session = runtime.open(&spec.path).context(at)?;
-        let rank = check_ports(&session, &spec).context(at)?;
-        let budget = QueryBudget::resumed(spec.query_budget, options.spent);
-        let idle = Mutex::new(vec![session]);
-        Ok(Self { spec, adapter, runtime, idle, budget, options, rank })
+        let adapter = Adapter::new(&spec.preprocess)
+            .context(|| format!("model `{}`", spec.path.display()))?;
+        let budget = QueryBudget::new(spec.query_budget);
+        Ok(Self { spec, adapter, backend, budget, options })
+    }
+
+    /// Counts in `budget` instead of a counter of its own.
+    #[must_use]
+    pub fn with_budget(self, budget: QueryBudget) -> Self {
+        Self { budget, ..self }
     }
 
     /// The query counter.
@@ -80,12 +137,20 @@ impl BlackTeacher {
     }
 
     /// The estimator in use: steps are made long enough to change the pixels of a `uint8` input by a level,
-    /// and those of a quantised model by three (rounding hides shorter ones).
+    /// and those of a quantised model by three (rounding hides shorter ones). Where only labels come back,
+    /// differences of single images are blind and the hard-label estimate takes their place.
     pub fn zero_order(&self, images: &Images) -> ZeroOrder {
         let config = self.options.zero_order;
-        let quantised = if is_quantised(&self.spec) { QUANTISED_STEP } else { 0.0 };
-        let step = quantised.max(f64::from(self.adapter.quantum()));
-        ZeroOrder { radius: config.radius.max(step * (images.stride() as f64).sqrt()), ..config }
+        let labels = self.spec.output_kind == OutputKind::Labels;
+        let rounding = if is_quantised(&self.spec) { QUANTISED_STEP } else { 0.0 };
+        let least =
+            if labels || config.estimator == Estimator::HardLabel { LABEL_STEP } else { 0.0 };
+        let step = rounding.max(least).max(f64::from(self.adapter.quantum()));
+        ZeroOrder {
+            radius: config.radius.max(step * (images.stride() as f64).sqrt()),
+            estimator: if labels { Estimator::HardLabel } else { config.estimator },
+            ..config
+        }
     }
 
     /// Images per run, and whether an image fills the run alone.
@@ -101,51 +166,53 @@ impl BlackTeacher {
         (size, company)
     }
 
-    /// Log-scores of `images`, not counted.
-    fn ask(&self, images: &Images) -> Result<Vec<f32>> {
+    /// Images of each run that answers `n` images, and how many a run is filled up to.
+    fn runs(&self, n: usize) -> (impl Iterator<Item = std::ops::Range<usize>> + use<>, usize) {
         let (size, company) = self.batching();
         let step = if company == Company::Alone { 1 } else { size };
-        let runs: Vec<Vec<f32>> = (0..images.len().div_ceil(step))
+        let runs = (0..n.div_ceil(step)).map(move |run| run * step..((run + 1) * step).min(n));
+        (runs, size)
+    }
+
+    fn filled(&self, asked: usize, size: usize) -> usize {
+        if matches!(self.spec.batch, BatchDimension::Fixed(_)) { size } else { asked }
+    }
+
+    /// Queries that `n` images asked together cost.
+    fn cost(&self, n: usize) -> u64 {
+        let (runs, size) = self.runs(n);
+        runs.map(|run| self.backend.cost(run.len(), self.filled(run.len(), size))).sum()
+    }
+
+    /// Log-scores of `images`, each run paid from `paid`.
+    fn ask(&self, images: &Images, paid: &Reservation<'_>) -> Result<Vec<f32>> {
+        let (runs, size) = self.runs(images.len());
+        let answers: Vec<Vec<f32>> = runs
+            .collect::<Vec<_>>()
             .into_par_iter()
-            .map(|run| {
-                let end = ((run + 1) * step).min(images.len());
-                self.run(&images.range(run * step, end), size)
-            })
+            .map(|run| self.run(&images.range(run.start, run.end), size, paid))
             .collect::<Result<_>>()
             .context(|| format!("model `{}`", self.spec.path.display()))?;
-        Ok(runs.concat())
+        Ok(answers.concat())
     }
 
     /// One run of the model on at most `size` images.
-    fn run(&self, images: &Images, size: usize) -> Result<Vec<f32>> {
+    fn run(&self, images: &Images, size: usize, paid: &Reservation<'_>) -> Result<Vec<f32>> {
         let n = images.len();
         let mut values = self.adapter.forward(images)?;
-        let mut filled = n;
-        if let BatchDimension::Fixed(_) = self.spec.batch {
-            // The run needs exactly `size` images: the last one fills it up. The answers for the filling
-            // are thrown away, so they are no queries.
-            let stride = values.len() / n;
-            let last = values[values.len() - stride..].to_vec();
-            (n..size).for_each(|_| values.extend_from_slice(&last));
-            filled = size;
-        }
+        let filled = self.filled(n, size);
+        // A fixed batch needs exactly `size` images: the last one fills it up. The answers for the filling are
+        // thrown away.
+        let stride = values.len() / n;
+        let last = values[values.len() - stride..].to_vec();
+        (n..filled).for_each(|_| values.extend_from_slice(&last));
         let mut shape = self.adapter.input_shape(filled).to_vec();
-        if self.rank == 2 {
+        if self.backend.rank() == 2 {
             shape = vec![filled, values.len() / filled];
         }
         let input = Tensor { shape, values: pack(values, self.spec.preprocess.dtype) };
-        let mut session = self.take_session()?;
-        let answer = session
-            .run(vec![(self.spec.input_name.as_str(), input)], &[self.spec.logits_output.as_str()]);
-        // A session that failed once is still sound: ONNX Runtime keeps no state between runs.
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(session);
-        let answer = answer?.pop().ok_or_else(|| Error::internal("the run gave `0` outputs"))?;
+        let answer = self.backend.run(input, self.backend.cost(n, filled), paid)?;
         self.read(&answer, filled, n)
-    }
-
-    fn take_session(&self) -> Result<Session> {
-        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        idle.map_or_else(|| self.runtime.open(&self.spec.path), Ok)
     }
 
     /// Log-scores of the first `n` of `filled` images from what the model gave.
@@ -198,26 +265,37 @@ impl Teacher for BlackTeacher {
     /// Log-scores: logits as they are, log-probabilities cut off at -87.3, logarithms of probabilities
     /// likewise, for labels-only models `ln(0.999)` for the label and `ln(0.001 / (classes - 1))` else.
     fn logits(&self, images: &Images) -> Result<Vec<f32>> {
-        self.budget.spend(images.len() as u64)?;
-        self.ask(images)
+        let paid = self.budget.reserve(self.cost(images.len()))?;
+        self.ask(images, &paid)
     }
 
-    /// Costs `n` queries for the images and [`ZeroOrder::queries`] for the directions, taken at once.
     fn image_gradient(
         &self,
         images: &Images,
         objective: &Objective<'_>,
         rng: &mut RngStream,
     ) -> Result<ImageGradient> {
+        self.guided_gradient(images, objective, &Guide::default(), rng)
+    }
+
+    /// Costs `n` queries for the images and [`ZeroOrder::queries`] for the directions, set aside at once.
+    fn guided_gradient(
+        &self,
+        images: &Images,
+        objective: &Objective<'_>,
+        guide: &Guide<'_>,
+        rng: &mut RngStream,
+    ) -> Result<ImageGradient> {
         let n = images.len();
         let config = self.zero_order(images);
-        self.budget.spend(n as u64 + config.queries(n))?;
-        let logits = self.ask(images)?;
+        let directions: u64 = config.requests(images.shape()).map(|size| self.cost(size)).sum();
+        let paid = self.budget.reserve(self.cost(n) + directions)?;
+        let logits = self.ask(images, &paid)?;
         let values = self.losses(&logits, objective, &(0..n).collect::<Vec<_>>());
         let loss = |moved: &Images, owners: &[usize]| {
-            Ok(self.losses(&self.ask(moved)?, objective, owners))
+            Ok(self.losses(&self.ask(moved, &paid)?, objective, owners))
         };
-        let mut gradient = estimate_gradient(images, &values, &config, rng, &loss)
+        let mut gradient = estimate_gradient(images, &values, &config, guide, rng, &loss)
             .context(|| format!("model `{}`", self.spec.path.display()))?;
         // The objective is the mean over the batch.
         let share = 1.0 / n.max(1) as f32;
@@ -243,39 +321,6 @@ fn is_quantised(spec: &ModelSpec) -> bool {
     let integer =
         |op: &String| op.contains("QLinear") || op.contains("Quantize") || op.ends_with("Integer");
     spec.unsupported_ops.iter().any(integer)
-}
-
-/// Checks the names in `spec` against the model; the rank of the image input.
-fn check_ports(session: &Session, spec: &ModelSpec) -> Result<usize> {
-    let names = |ports: &[super::session::Port]| {
-        ports.iter().map(|port| port.name.clone()).collect::<Vec<_>>().join("`, `")
-    };
-    let Some(input) = session.inputs().iter().find(|port| port.name == spec.input_name) else {
-        return Err(Error::input(format!(
-            "the model has no input `{}`; it has `{}`",
-            spec.input_name,
-            names(session.inputs())
-        )));
-    };
-    if session.inputs().len() > 1 {
-        return Err(Error::unsupported(format!(
-            "the model needs more inputs than one image: `{}`",
-            names(session.inputs())
-        )));
-    }
-    if !session.outputs().iter().any(|port| port.name == spec.logits_output) {
-        return Err(Error::input(format!(
-            "the model has no output `{}`; it has `{}`",
-            spec.logits_output,
-            names(session.outputs())
-        ))
-        .hint("set `logits_output` in the model's sidecar"));
-    }
-    match input.dims.len() {
-        rank @ (2 | 4) => Ok(rank),
-        0 => Ok(4),
-        rank => Err(Error::unsupported(format!("an image input of `{rank}` axes"))),
-    }
 }
 
 /// Input values in the element type the model declares.

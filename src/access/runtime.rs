@@ -14,6 +14,7 @@ use ort::logging::LogLevel;
 use super::library::{self, Library, RuntimeOptions};
 use super::session::{self, Session};
 use crate::error::{Error, Result};
+use crate::tensor::Device;
 
 /// The loaded library and its environment.
 #[derive(Debug)]
@@ -62,7 +63,33 @@ impl Runtime {
     /// # Errors
     /// When ONNX Runtime refuses the file.
     pub fn open(&'static self, model: &Path) -> Result<Session> {
-        session::open(&self.environment, model)
+        self.open_on(model, Device::Cpu)
+    }
+
+    /// As [`Runtime::open`], on `device`.
+    ///
+    /// # Errors
+    /// As [`Runtime::open`]; when `device` is a GPU and the library cannot reach it.
+    pub fn open_on(&'static self, model: &Path, device: Device) -> Result<Session> {
+        session::open(&self.environment, model, device)
+    }
+
+    /// Whether models can be opened on `device`.
+    ///
+    /// # Errors
+    /// One line that says what is missing for a GPU.
+    pub fn check_device(&self, device: Device) -> Result<()> {
+        let Device::Cuda(_) = device else { return Ok(()) };
+        if session::has_cuda() {
+            return Ok(());
+        }
+        Err(Error::unsupported(format!(
+            "`--device {device}` is asked for, and this ONNX Runtime has no CUDA: `{}`",
+            self.library.path.display()
+        ))
+        .hint(
+            "run `metazoa setup --cuda 13` (or 12), or leave out `--device` to use the processor",
+        ))
     }
 
     fn fits(&self, options: &RuntimeOptions) -> Result<()> {

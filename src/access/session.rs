@@ -9,6 +9,7 @@ use std::path::Path;
 
 use half::f16;
 use ort::environment::Environment;
+use ort::ep::{self, ExecutionProvider};
 use ort::session::builder::GraphOptimizationLevel;
 use ort::session::{OutputSelector, RunOptions, SessionInputValue};
 use ort::value::{
@@ -16,6 +17,7 @@ use ort::value::{
 };
 
 use crate::error::{Error, Result};
+use crate::tensor::Device;
 
 /// Values of a tensor, row-major.
 #[derive(Debug, Clone, PartialEq)]
@@ -106,28 +108,42 @@ pub struct Session {
     outputs: Vec<Port>,
 }
 
-/// Opens `model` in `environment`.
-pub(super) fn open(environment: &Environment, model: &Path) -> Result<Session> {
+/// Whether the loaded library was built with CUDA.
+pub(super) fn has_cuda() -> bool {
+    ep::CUDA::is_available().unwrap_or(false)
+}
+
+/// Opens `model` in `environment` on `device`.
+pub(super) fn open(environment: &Environment, model: &Path, device: Device) -> Result<Session> {
     // Beside a link, ONNX Runtime looks for external data in the link's folder, then refuses it.
     let real = model.canonicalize().map_err(|error| Error::io(model, &error))?;
-    let inner =
-        configure(environment).and_then(|mut builder| builder.commit_from_file(&real)).map_err(
-            |error| Error::input(format!("ONNX Runtime refuses the model: {}", brief(&error))),
-        )?;
+    let inner = configure(environment, device)
+        .and_then(|mut builder| builder.commit_from_file(&real))
+        .map_err(|error| {
+            Error::input(format!("ONNX Runtime refuses the model: {}", brief(&error)))
+        })?;
     let inputs = inner.inputs().iter().map(port).collect();
     let outputs = inner.outputs().iter().map(port).collect();
     Ok(Session { inner, inputs, outputs })
 }
 
-fn configure(environment: &Environment) -> ort::Result<ort::session::builder::SessionBuilder> {
-    Ok(ort::session::Session::builder(environment)?
+fn configure(
+    environment: &Environment,
+    device: Device,
+) -> ort::Result<ort::session::builder::SessionBuilder> {
+    let builder = ort::session::Session::builder(environment)?
         .with_intra_threads(1)?
         .with_inter_threads(1)?
         .with_intra_op_spinning(false)?
         .with_inter_op_spinning(false)?
         .with_memory_pattern(false)?
         .with_optimization_level(GraphOptimizationLevel::All)?
-        .with_config_entry("session.load_model_format", "ONNX")?)
+        .with_config_entry("session.load_model_format", "ONNX")?;
+    let Device::Cuda(index) = device else { return Ok(builder) };
+    let index = i32::try_from(index).unwrap_or(i32::MAX);
+    // Without this ONNX Runtime falls back to the processor and says nothing.
+    let cuda = ep::CUDA::default().with_device_id(index).build().error_on_failure();
+    Ok(builder.with_execution_providers([cuda])?)
 }
 
 impl Session {

@@ -24,6 +24,16 @@ pub struct Objective<'a> {
     pub statistics_weight: f32,
 }
 
+/// What a method knows of where a gradient may lie. Teachers with exact gradients need none of it.
+#[derive(Clone, Copy, Default)]
+pub struct Guide<'a> {
+    /// Directions worth asking along, k an image: image i's are `[i k, (i + 1) k)` (a generator's
+    /// Jacobian-vector products). Empty for none.
+    pub basis: Option<&'a Images>,
+    /// What the gradient was a step ago, same shape as the images.
+    pub prior: Option<&'a Images>,
+}
+
 /// The gradient of an [`Objective`] to a batch of canonical images, with what was seen on the way.
 pub struct ImageGradient {
     /// Gradient of the objective, same shape as the images.
@@ -62,11 +72,26 @@ pub trait Teacher: Send + Sync {
         rng: &mut RngStream,
     ) -> Result<ImageGradient>;
 
+    /// As [`Teacher::image_gradient`], for estimators that use `guide`; others ignore it.
+    ///
+    /// # Errors
+    /// As [`Teacher::image_gradient`].
+    fn guided_gradient(
+        &self,
+        images: &Images,
+        objective: &Objective<'_>,
+        guide: &Guide<'_>,
+        rng: &mut RngStream,
+    ) -> Result<ImageGradient> {
+        let _ = guide;
+        self.image_gradient(images, objective, rng)
+    }
+
     /// Layers whose statistics the objective's second term compares.
     fn statistics_layers(&self) -> usize {
         0
     }
 
-    /// Queries spent so far (images asked); 0 for white-box teachers.
+    /// Queries spent so far (images sent); 0 for white-box teachers.
     fn queries(&self) -> u64;
 }

@@ -8,8 +8,9 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 
-use super::{Context, ingest_probe};
+use super::{Context, ingest_probe, ingest_remote};
 use crate::error::{Error, Result};
+use crate::zoo::candidates::Paired;
 use crate::zoo::catalog::{Catalog, CatalogModel};
 use crate::zoo::{ModelSpec, Rejection, candidates, read, walk};
 
@@ -76,12 +77,13 @@ pub fn ingest(context: &Context, options: &IngestOptions) -> Result<Ingest> {
     let start = Instant::now();
     let found = walk::walk(&options.zoo)?;
     let zoo = found.root.clone();
-    let (candidates, mut rejected) = candidates::pair(found);
-    if candidates.is_empty() && rejected.is_empty() {
+    let Paired { candidates, remotes, mut rejected } = candidates::pair(found);
+    if candidates.is_empty() && remotes.is_empty() && rejected.is_empty() {
         return Err(Error::input(format!("no model in the zoo `{}`", options.zoo.display()))
             .hint("put `.onnx` files of image classifiers there, in folders if you like"));
     }
-    let stage = context.progress.stage("ingest", Some(candidates.len() as u64));
+    let count = candidates.len() + remotes.len();
+    let stage = context.progress.stage("ingest", Some(count as u64));
     let read: Vec<Option<Result<CatalogModel, Rejection>>> = candidates
         .into_par_iter()
         .map(|candidate| {
@@ -96,15 +98,25 @@ pub fn ingest(context: &Context, options: &IngestOptions) -> Result<Ingest> {
             Some(outcome)
         })
         .collect();
+    let served: Vec<Option<Result<CatalogModel, Rejection>>> = remotes
+        .par_iter()
+        .map(|remote| {
+            let outcome = (!context.is_interrupted())
+                .then(|| ingest_remote::read_remote(remote, &context.secrets));
+            stage.advance(1);
+            outcome
+        })
+        .collect();
     context.check_interrupt()?;
     drop(stage);
     let mut models = Vec::new();
-    for outcome in read.into_iter().flatten() {
+    for outcome in read.into_iter().chain(served).flatten() {
         match outcome {
             Ok(model) => models.push(model),
             Err(rejection) => rejected.push(rejection),
         }
     }
+    models.sort_by(|a: &CatalogModel, b| a.spec.id.cmp(&b.spec.id));
     rejected.sort_by(|a, b| a.path.cmp(&b.path));
     if options.catalog == CatalogWriting::Write && !models.is_empty() {
         Catalog::new(&zoo, &models, &rejected).write(&zoo)?;

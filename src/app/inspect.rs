@@ -12,7 +12,7 @@ use super::Context;
 use super::teachers::open_white;
 use crate::access::library::RuntimeOptions;
 use crate::access::runtime::Runtime;
-use crate::access::zero_order::{Difference, ZeroOrder};
+use crate::access::zero_order::{Estimator, ZeroOrder};
 use crate::access::{BlackOptions, BlackTeacher, Surrogate, Teacher, WhiteTeacher};
 use crate::error::{Error, Result, ResultExt};
 use crate::graph::check::{check_gradient, relative_error};
@@ -131,13 +131,13 @@ fn check(context: &Context, options: &InspectOptions, result: &mut InspectResult
     let ours = white.logits(&images)?;
     let asked = BlackOptions {
         zero_order: ZeroOrder {
+            estimator: Estimator::Forward,
             directions: 1,
             radius: 1e-2,
-            difference: Difference::Forward,
+            frequencies: 1,
             pack: 1,
         },
         batch: n,
-        spent: 0,
     };
     let classes = spec.classes;
     let runtime = Runtime::load(&options.runtime)?;

@@ -11,12 +11,12 @@ use serde::{Deserialize, Serialize};
 use super::config::RunConfig;
 use super::files::write_atomically;
 use super::teachers::{TeacherOptions, open};
-use super::{Context, settings};
+use super::{Context, ingest_remote, settings};
 use crate::access::library::RuntimeOptions;
 use crate::error::{Error, Result};
 use crate::methods::{Watch, recover_one};
 use crate::report::{Series, contact_sheet, image_png, line_plot};
-use crate::zoo::read;
+use crate::zoo::{candidates, read};
 
 /// Images a row of the contact sheet.
 const SHEET_COLUMNS: usize = 12;
@@ -24,7 +24,7 @@ const SHEET_COLUMNS: usize = 12;
 /// What to invert.
 #[derive(Debug, Clone)]
 pub struct InvertOptions {
-    /// The file.
+    /// The file, or the sidecar of a served model.
     pub model: PathBuf,
     /// Where the images go; must not exist or be empty.
     pub out: PathBuf,
@@ -45,6 +45,8 @@ pub struct InvertResult {
     pub agreement: Option<f64>,
     /// Last cross-entropy seen.
     pub loss: f64,
+    /// Why it ended: `done`, `budget-spent`.
+    pub stop_reason: String,
     /// Queries spent.
     pub queries: u64,
     /// Wall time.
@@ -58,15 +60,15 @@ pub struct InvertResult {
 pub fn invert(context: &Context, options: &InvertOptions) -> Result<InvertResult> {
     let begin = Instant::now();
     refuse_occupied(&options.out)?;
-    let spec = read::read_file(&options.model)?.spec;
-    let folder = options.model.parent().filter(|p| !p.as_os_str().is_empty());
-    let teachers = TeacherOptions {
-        zoo: folder.unwrap_or(Path::new(".")).to_path_buf(),
-        runtime: options.runtime.clone(),
-        surrogate: settings::surrogate(&options.config),
-        black: settings::black_options(&options.config),
-        query_budget: options.config.recover.black_box.query_budget,
+    let is_sidecar = options.model.extension().is_some_and(|e| e == "yaml" || e == "yml");
+    let spec = if is_sidecar {
+        ingest_remote::look(&candidates::remote_at(&options.model)?, &context.secrets)?.spec
+    } else {
+        read::read_file(&options.model)?.spec
     };
+    let folder = options.model.parent().filter(|p| !p.as_os_str().is_empty());
+    let folder = folder.unwrap_or(Path::new(".")).to_path_buf();
+    let teachers = TeacherOptions::new(context, &options.config, folder, options.runtime.clone());
     let teacher = open(&spec, &teachers)?;
     let config = settings::recover_config(&options.config);
     let stage = context.progress.stage("invert", Some(config.steps(&spec) as u64));
@@ -110,6 +112,7 @@ pub fn invert(context: &Context, options: &InvertOptions) -> Result<InvertResult
         images: model.len(),
         agreement: Some(recovered.agreement).filter(|share| share.is_finite()),
         loss: losses.last().copied().unwrap_or(f64::NAN),
+        stop_reason: recovered.stop.name().into(),
         queries: recovered.queries,
         seconds: begin.elapsed().as_secs_f64(),
     })

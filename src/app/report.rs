@@ -132,7 +132,7 @@ fn remarks(evaluations: &[EvalResult]) -> Vec<String> {
 
 fn summary(record: &RunRecord) -> Vec<(String, String)> {
     let images: usize = record.models.iter().map(|model| model.images).sum();
-    let queries: u64 = record.models.iter().map(|model| model.queries).sum();
+    let queries: u64 = record.outcomes.iter().map(|model| model.queries).sum();
     let mut items = vec![
         ("models used".to_owned(), record.models.len().to_string()),
         ("models rejected".to_owned(), record.rejected.len().to_string()),
@@ -162,6 +162,12 @@ fn model_rows(record: &RunRecord) -> Vec<ModelRow> {
         }
         if let Some(agreement) = model.agreement {
             detail.push_str(&format!(", {:.0} % as intended", 100.0 * agreement));
+        }
+        if let Some(outcome) = record.outcomes.iter().find(|outcome| outcome.id == model.id)
+            && model.access != Access::WhiteBox
+        {
+            let limit = outcome.query_budget.map(|limit| format!(" of {limit} allowed"));
+            detail.push_str(&format!("{}, {}", limit.unwrap_or_default(), outcome.stop_reason));
         }
         ModelRow {
             id: model.id.clone(),

@@ -6,6 +6,7 @@
 //! RUN/events.jsonl     one line a step
 //! RUN/ckpt/            step-N.safetensors, and `latest` naming the newest
 //! RUN/bank/            recovered images
+//! RUN/queries/         queries spent on each model, written before they are sent
 //! RUN/eval/            one result and its episodes per evaluation
 //! RUN/report.html
 //! ```
@@ -20,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::RunConfig;
 use super::files::{temporary_beside, write_atomically};
+use super::queries::ModelOutcome;
 use crate::error::{Error, Result, ResultExt};
 use crate::report::{Event, EventLog, read_events};
 use crate::zoo::{Access, Rejection};
@@ -41,6 +43,12 @@ pub struct RunRecord {
     /// The models of the zoo that could not be used.
     #[serde(default)]
     pub rejected: Vec<Rejection>,
+    /// How the recovery of each model ended, in the order of their ids.
+    #[serde(default)]
+    pub outcomes: Vec<ModelOutcome>,
+    /// Queries allowed by model id, where they are limited.
+    #[serde(default)]
+    pub query_limits: BTreeMap<String, u64>,
     /// Why training ended (`done`, `interrupted`, ...); absent while it runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop_reason: Option<String>,
@@ -132,6 +140,11 @@ impl RunFolder {
     /// Where recovered images go.
     pub fn bank(&self) -> PathBuf {
         self.path.join("bank")
+    }
+
+    /// Where the counts of queries are.
+    pub fn queries(&self) -> PathBuf {
+        self.path.join("queries")
     }
 
     /// The settings it was made with.

@@ -1,7 +1,7 @@
 //! From the settings a user writes to the configurations the layers below take.
 
-use super::config::{Edge, RunConfig, Schedule, SurrogateName};
-use crate::access::zero_order::{Difference, ZeroOrder};
+use super::config::{Edge, EstimatorName, RunConfig, Schedule, SurrogateName};
+use crate::access::zero_order::{Estimator, ZeroOrder};
 use crate::access::{BlackOptions, Surrogate};
 use crate::meta::{self, Augmentation, ColourMap, ShiftEdge, TrainConfig};
 use crate::methods::invert::UNIT;
@@ -35,6 +35,10 @@ pub fn recover_config(config: &RunConfig) -> RecoverConfig {
             learning_rate: black.learning_rate,
             latent: black.latent,
             features: black.features,
+            tangents: match black.estimator {
+                EstimatorName::Guided => black.directions,
+                _ => 0,
+            },
         },
     }
 }
@@ -64,15 +68,29 @@ impl RecoverConfig {
 /// How black-box models are asked.
 pub fn black_options(config: &RunConfig) -> BlackOptions {
     let black = &config.recover.black_box;
+    let side = config.image_size[0].min(config.image_size[1]);
     BlackOptions {
         zero_order: ZeroOrder {
+            estimator: estimator(black.estimator),
             directions: black.directions,
             radius: black.smoothing,
-            difference: Difference::Forward,
+            frequencies: black.frequencies.unwrap_or(side.div_ceil(4)),
             pack: PACK,
         },
         batch: QUERY_BATCH,
-        spent: 0,
+    }
+}
+
+fn estimator(name: EstimatorName) -> Estimator {
+    match name {
+        EstimatorName::Forward => Estimator::Forward,
+        EstimatorName::Antithetic => Estimator::Antithetic,
+        EstimatorName::Orthogonal => Estimator::Orthogonal,
+        EstimatorName::LowFrequency => Estimator::LowFrequency,
+        EstimatorName::Guided => Estimator::Guided,
+        EstimatorName::Prior => Estimator::Prior,
+        EstimatorName::PriorLowFrequency => Estimator::PriorLowFrequency,
+        EstimatorName::HardLabel => Estimator::HardLabel,
     }
 }
 

@@ -3,11 +3,18 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
+use super::context::{Context, Secrets};
+use super::queries::Queries;
+use super::{RunConfig, settings};
 use crate::access::library::RuntimeOptions;
 use crate::access::runtime::Runtime;
-use crate::access::{BlackOptions, BlackTeacher, Borrowing, Surrogate, Teacher, WhiteTeacher};
+use crate::access::{
+    BlackOptions, BlackTeacher, Borrowing, SessionPool, Surrogate, Teacher, WhiteTeacher,
+};
 use crate::error::{Error, Result, ResultExt};
 use crate::onnx;
+use crate::tensor::Device;
+use crate::zoo::hash::{file_sha, files_sha};
 use crate::zoo::{Access, ModelSpec};
 
 /// What opening needs beside the specs.
@@ -21,27 +28,96 @@ pub struct TeacherOptions {
     pub surrogate: Surrogate,
     /// How black-box models are asked.
     pub black: BlackOptions,
-    /// Budget of a black-box model whose sidecar gives none.
+    /// Budget of a black-box model whose sidecar gives none, where no `queries` are kept.
     pub query_budget: Option<u64>,
+    /// Counts and limits of the run.
+    pub queries: Option<Queries>,
+    /// Where ONNX Runtime computes.
+    pub device: Device,
+    /// Its sessions.
+    pub pool: Arc<SessionPool>,
+    /// Tokens of remote models.
+    pub secrets: Secrets,
+}
+
+impl TeacherOptions {
+    /// What `config` says, for the models of `zoo`.
+    pub fn new(
+        context: &Context,
+        config: &RunConfig,
+        zoo: PathBuf,
+        runtime: RuntimeOptions,
+    ) -> Self {
+        let sessions = config.recover.black_box.max_open;
+        // One for every worker, and as many idle ones of models that are asked by turns.
+        let sessions = sessions.unwrap_or(2 * rayon::current_num_threads());
+        Self {
+            zoo,
+            runtime,
+            surrogate: settings::surrogate(config),
+            black: settings::black_options(config),
+            query_budget: config.recover.black_box.query_budget,
+            queries: None,
+            device: context.device,
+            pool: Arc::new(SessionPool::new(sessions)),
+            secrets: context.secrets.clone(),
+        }
+    }
+
+    fn count(&self, teacher: BlackTeacher, spec: &ModelSpec) -> Result<BlackTeacher> {
+        match &self.queries {
+            Some(queries) => Ok(teacher.with_budget(queries.budget(spec)?)),
+            None => Ok(teacher),
+        }
+    }
 }
 
 /// Opens one model.
 ///
 /// # Errors
-/// When the file cannot be compiled or opened; when ONNX Runtime is needed and missing.
+/// When the file has changed since `spec` was made, cannot be compiled or opened; when ONNX Runtime is needed and
+/// missing; when a server cannot be reached.
 pub fn open(spec: &ModelSpec, options: &TeacherOptions) -> Result<Box<dyn Teacher>> {
     let mut spec = spec.clone();
+    spec.query_budget = spec.query_budget.or(options.query_budget);
     match spec.access {
-        Access::WhiteBox => Ok(Box::new(open_white(&spec, &options.zoo, options.surrogate)?)),
-        Access::BlackBox => {
-            let runtime = Runtime::load(&options.runtime)?;
-            spec.query_budget = spec.query_budget.or(options.query_budget);
-            Ok(Box::new(BlackTeacher::open(spec, runtime, options.black)?))
+        Access::WhiteBox => {
+            unchanged(&spec, &options.zoo)?;
+            Ok(Box::new(open_white(&spec, &options.zoo, options.surrogate)?))
         }
-        Access::Remote => Err(Error::unsupported("remote models cannot be queried yet")
-            .context(format!("model `{}`", spec.id))
-            .hint("leave the model out of the zoo")),
+        Access::BlackBox => {
+            unchanged(&spec, &options.zoo)?;
+            let runtime = Runtime::load(&options.runtime)?;
+            let (device, pool) = (options.device, &options.pool);
+            let teacher =
+                BlackTeacher::open_in(spec.clone(), runtime, device, pool, options.black)?;
+            Ok(Box::new(options.count(teacher, &spec)?))
+        }
+        Access::Remote => {
+            let endpoint = spec.endpoint.as_ref();
+            let endpoint = endpoint
+                .ok_or_else(|| Error::internal(format!("no endpoint for model `{}`", spec.id)))?;
+            let authorization = options.secrets.authorization(endpoint)?;
+            let teacher = BlackTeacher::connect(spec.clone(), authorization, options.black)?;
+            Ok(Box::new(options.count(teacher, &spec)?))
+        }
     }
+}
+
+/// Refuses a file that is not the one its spec was made from: labels, sizes and images would be another model's.
+fn unchanged(spec: &ModelSpec, zoo: &Path) -> Result<()> {
+    if file_sha(&spec.path)? == spec.sha {
+        return Ok(());
+    }
+    // Models with external data are known by all their files.
+    let external =
+        onnx::load(&spec.path, zoo).map(|model| model.external_files).unwrap_or_default();
+    let files = std::iter::once(spec.path.as_path()).chain(external.iter().map(PathBuf::as_path));
+    if !external.is_empty() && files_sha(files)? == spec.sha {
+        return Ok(());
+    }
+    Err(Error::input(format!("the file has changed since it was read: `{}`", spec.path.display()))
+        .hint("put the file back, or start a new run"))
 }
 
 /// Opens one model as white-box, whatever its spec says of access.

@@ -14,14 +14,15 @@ use serde::{Deserialize, Serialize};
 
 use super::config::RunConfig;
 use super::ingest::{CatalogWriting, Ingest, IngestOptions, ProbeOptions, Strictness, ingest};
+use super::queries::{ModelOutcome, Queries};
 use super::run_folder::{RunFolder, RunRecord, UsedModel, versions};
 use super::teachers::{Lenders, TeacherOptions, open};
-use super::{Context, settings};
+use super::{Context, queries, settings};
 use crate::access::library::RuntimeOptions;
 use crate::error::{Error, ErrorKind, Result};
 use crate::meta::{Backbone, Limits, StopReason, Trainer};
 use crate::methods::parts::ImageBank;
-use crate::methods::{RecoverItem, Recovered, recover};
+use crate::methods::{RecoverItem, RecoverStop, Recovered, recover};
 use crate::report::{Event, EventLog, contact_sheet};
 use crate::tensor::Images;
 use crate::zoo::{ModelSpec, Rejection};
@@ -85,8 +86,10 @@ pub struct TrainResult {
     pub models_rejected: usize,
     /// Images recovered.
     pub images: usize,
-    /// Queries spent on black-box models.
+    /// Queries spent on black-box models, those that failed included.
     pub queries: u64,
+    /// How the recovery of each model ended, by id.
+    pub models: Vec<ModelOutcome>,
     /// Wall time of this call.
     pub seconds: TrainSeconds,
 }
@@ -162,7 +165,8 @@ pub fn train(context: &Context, options: &TrainOptions) -> Result<TrainResult> {
         models_used: bank.models().len(),
         models_rejected: record.rejected.len(),
         images: bank.len(),
-        queries: record.models.iter().map(|model| model.queries).sum(),
+        queries: record.outcomes.iter().map(|model| model.queries).sum(),
+        models: record.outcomes.clone(),
         seconds: TrainSeconds { recover, meta, total },
     })
 }
@@ -189,6 +193,12 @@ fn new_record(
         command: command.to_vec(),
         models: specs.iter().map(used).collect(),
         rejected: found.rejected.clone(),
+        outcomes: Vec::new(),
+        query_limits: queries::limits(
+            specs,
+            config.recover.black_box.query_budget,
+            config.recover.black_box.run_budget,
+        ),
         stop_reason: None,
         seconds: BTreeMap::new(),
     }
@@ -243,16 +253,13 @@ impl Work<'_> {
             .iter()
             .map(|spec| RecoverItem {
                 id: spec.id.clone(),
-                file: self.run.bank().join(format!("{}.safetensors", bank_name(spec))),
+                file: self.run.bank().join(format!("{}.safetensors", queries::file_name(spec))),
             })
             .collect();
-        let teachers = TeacherOptions {
-            zoo: found.zoo.clone(),
-            runtime: self.options.runtime.clone(),
-            surrogate: settings::surrogate(self.config),
-            black: settings::black_options(self.config),
-            query_budget: self.config.recover.black_box.query_budget,
-        };
+        let runtime = self.options.runtime.clone();
+        let zoo = found.zoo.clone();
+        let mut teachers = TeacherOptions::new(self.context, self.config, zoo, runtime);
+        teachers.queries = Some(self.queries()?);
         let lenders = Lenders::new(&specs, &found.zoo, self.config.recover.white_box.lenders);
         let failed: Mutex<Option<Error>> = Mutex::default();
         let keep = |error: Error| {
@@ -296,6 +303,10 @@ impl Work<'_> {
         Ok((bank, begin.elapsed().as_secs_f64()))
     }
 
+    fn queries(&self) -> Result<Queries> {
+        Ok(Queries::new(self.run.queries(), self.run.record()?.query_limits))
+    }
+
     /// Puts the images together in the order of the specs, and writes down what failed.
     fn gather(
         &self,
@@ -306,18 +317,41 @@ impl Work<'_> {
         let mut record = self.run.record()?;
         let mut bank = ImageBank::default();
         let mut first_error = None;
+        let queries = self.queries()?;
+        // What failed in an earlier call keeps its row.
+        record.outcomes.retain(|old| specs.iter().all(|spec| spec.id != old.id));
         for (spec, result) in specs.iter().zip(results) {
+            let mut outcome = ModelOutcome {
+                id: spec.id.clone(),
+                access: spec.access,
+                stop_reason: "failed".into(),
+                images: 0,
+                queries: queries.spent(spec)?,
+                query_budget: queries.limit(spec),
+                error: None,
+            };
             match result {
                 Ok(recovered) => {
+                    outcome.stop_reason = recovered.stop.name().into();
+                    outcome.images = recovered.images.len();
                     if let Some(used) = record.models.iter_mut().find(|m| m.id == spec.id) {
                         used.images = recovered.images.len();
-                        used.queries = recovered.queries;
+                        used.queries = outcome.queries;
                         used.agreement =
                             Some(recovered.agreement).filter(|share| share.is_finite());
                     }
                     bank.push(recovered.images)?;
                 }
+                // Nothing failed: the budget does not cover one step.
+                Err(error) if error.kind() == ErrorKind::Budget => {
+                    outcome.stop_reason = RecoverStop::BudgetSpent.name().into();
+                    if let Some(used) = record.models.iter_mut().find(|m| m.id == spec.id) {
+                        used.queries = outcome.queries;
+                    }
+                    first_error.get_or_insert(error);
+                }
                 Err(error) => {
+                    outcome.error = Some(error.to_string());
                     record.models.retain(|model| model.id != spec.id);
                     record.rejected.push(Rejection {
                         path: rejected_path(found, spec),
@@ -327,7 +361,9 @@ impl Work<'_> {
                     first_error.get_or_insert(error);
                 }
             }
+            record.outcomes.push(outcome);
         }
+        record.outcomes.sort_by(|a, b| a.id.cmp(&b.id));
         self.run.save_record(&record)?;
         match first_error {
             Some(error) if bank.is_empty() => Err(error),
@@ -417,10 +453,4 @@ impl Work<'_> {
 fn rejected_path(found: &Ingest, spec: &ModelSpec) -> String {
     let path = spec.path.strip_prefix(&found.zoo).unwrap_or(&spec.path);
     path.display().to_string()
-}
-
-/// Name of a model's file in the bank: its identity, so that two copies of a file do not collide.
-fn bank_name(spec: &ModelSpec) -> String {
-    let short: String = spec.sha.chars().take(16).collect();
-    format!("{short}-{}", spec.id.replace('/', "_"))
 }

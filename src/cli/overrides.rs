@@ -28,6 +28,17 @@ pub(crate) fn resolved(
         .with_overrides(seed.as_slice())
 }
 
+/// The flags `--budget` and `--max-open`.
+pub(crate) fn queries(
+    config: &mut RunConfig,
+    budget: Option<u64>,
+    max_open: Option<std::num::NonZeroUsize>,
+) {
+    let black = &mut config.recover.black_box;
+    black.run_budget = budget.or(black.run_budget);
+    black.max_open = max_open.map(usize::from).or(black.max_open);
+}
+
 /// The `METAZOA_*` variables that name settings, sorted by name.
 fn from_environment() -> Vec<Override> {
     let mut found: Vec<Override> = std::env::vars()

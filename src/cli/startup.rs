@@ -14,6 +14,8 @@ use super::printer::Printer;
 use super::progress::Bars;
 use super::settings::{Decoration, Settings, Talk};
 use crate::access::library;
+use crate::access::runtime::Runtime;
+use crate::app::context::Secrets;
 use crate::app::ingest::ProbeOptions;
 use crate::app::train::{Start, TrainOptions};
 use crate::app::{Context, RunConfig};
@@ -97,6 +99,21 @@ pub(crate) fn context(settings: &Settings, printer: &Printer) -> Result<Context>
         ))
         .hint("leave out `--device`"));
     }
+    any_context(settings, printer)
+}
+
+/// As [`context`], for verbs that ask black-box models: ONNX Runtime can ask them on a GPU.
+///
+/// # Errors
+/// When a GPU is asked for and ONNX Runtime has none, or the signal handler cannot be installed.
+pub(crate) fn asking_context(settings: &Settings, printer: &Printer) -> Result<Context> {
+    if let Some(device @ Device::Cuda(_)) = settings.device {
+        Runtime::load(&settings.runtime_options())?.check_device(device)?;
+    }
+    any_context(settings, printer)
+}
+
+fn any_context(settings: &Settings, printer: &Printer) -> Result<Context> {
     Ok(Context {
         progress: Arc::new(Bars::new(printer, settings.talk)),
         interrupt: watch_signals()?,
@@ -104,6 +121,7 @@ pub(crate) fn context(settings: &Settings, printer: &Printer) -> Result<Context>
         device: settings.device.unwrap_or_default(),
         ort_library: settings.ort_library.clone(),
         cache_dir: settings.cache_dir.clone(),
+        secrets: Secrets::new(|name| std::env::var(name).ok()),
     })
 }
 

@@ -4,12 +4,12 @@
 //! wanted labels, its image gradient estimated from queries. The iterate with the lowest true loss is
 //! kept (the published program compares a surrogate). A spent budget is a normal end.
 
-use crate::access::{Objective, Teacher};
+use crate::access::{Guide, Objective, Teacher};
 use crate::error::{ErrorKind, Result};
 use crate::tensor::{Images, RngStream};
 
 use super::parts::{CrossEntropy, Generator};
-use super::recover::{RecoverIteration, Watch};
+use super::recover::{RecoverIteration, RecoverStop, Watch};
 
 /// How the generator is trained.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,9 +22,11 @@ pub struct GenerateConfig {
     pub latent: usize,
     /// Feature maps of the last layers (`f`; 64 in the paper).
     pub features: usize,
+    /// Tangents of the generator handed to an estimator that is guided by them; 0 for others.
+    pub tangents: usize,
 }
 
-/// Recovers one image per entry of `labels`; also tells how often it asked before the budget ended.
+/// Recovers one image per entry of `labels`; also tells whether the budget ended it.
 ///
 /// # Errors
 /// Those of the teacher but a spent budget, which ends the loop; a budget that is spent before the first
@@ -37,24 +39,36 @@ pub fn generate(
     seed: u64,
     block: u64,
     watch: &Watch<'_>,
-) -> Result<Images> {
+) -> Result<(Images, RecoverStop)> {
     let mut rng = RngStream::new(seed, "generate", &teacher.spec().sha, block);
     let mut generator =
         Generator::new(labels.len(), config.latent, config.features, image_size, &mut rng)?;
     let loss = CrossEntropy::new(labels.to_vec());
     let objective = Objective { logits: &loss, statistics_weight: 0.0 };
     let mut best: Option<(f64, Images)> = None;
+    let mut prior: Option<Images> = None;
+    let mut stop = RecoverStop::Done;
     for step in 0..config.steps {
         watch.check()?;
         let mut seen = None;
+        let basis = match config.tangents {
+            0 => None,
+            count => Some(generator.tangents(count, &mut rng)?),
+        };
+        let last = prior.take();
+        let guide = Guide { basis: basis.as_ref(), prior: last.as_ref() };
         let made = generator.step(config.learning_rate, |images| {
-            let found = teacher.image_gradient(images, &objective, &mut rng)?;
+            let found = teacher.guided_gradient(images, &objective, &guide, &mut rng)?;
             seen = Some((found.logits_loss, found.statistics_loss));
+            prior = Some(found.gradient.clone());
             Ok(found.gradient)
         });
         let images = match made {
             Ok(images) => images,
-            Err(error) if error.kind() == ErrorKind::Budget && best.is_some() => break,
+            Err(error) if error.kind() == ErrorKind::Budget && best.is_some() => {
+                stop = RecoverStop::BudgetSpent;
+                break;
+            }
             Err(error) => return Err(error),
         };
         let (value, statistics) = seen.unwrap_or_default();
@@ -64,7 +78,7 @@ pub fn generate(
         watch.tell(&RecoverIteration { step: step + 1, loss: value, statistics, prior: 0.0 });
     }
     match best {
-        Some((_, images)) => Ok(images),
-        None => generator.images(),
+        Some((_, images)) => Ok((images, stop)),
+        None => Ok((generator.images()?, stop)),
     }
 }

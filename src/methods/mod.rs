@@ -13,5 +13,6 @@ mod recover;
 pub use generate::GenerateConfig;
 pub use invert::InvertConfig;
 pub use recover::{
-    Opener, RecoverConfig, RecoverItem, RecoverIteration, Recovered, Watch, recover, recover_one,
+    Opener, RecoverConfig, RecoverItem, RecoverIteration, RecoverStop, Recovered, Watch, recover,
+    recover_one,
 };

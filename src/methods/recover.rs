@@ -7,7 +7,7 @@ use std::time::Instant;
 use rayon::prelude::*;
 
 use crate::access::Teacher;
-use crate::error::{Error, Result, ResultExt};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::tensor::{Images, TensorStore};
 use crate::zoo::Access;
 
@@ -63,6 +63,25 @@ impl Watch<'_> {
     }
 }
 
+/// Why the recovery of one teacher ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RecoverStop {
+    /// All steps are done.
+    Done,
+    /// The query budget did not cover the next step, or the judging of the images.
+    BudgetSpent,
+}
+
+impl RecoverStop {
+    /// The name in results and files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Done => "done",
+            Self::BudgetSpent => "budget-spent",
+        }
+    }
+}
+
 /// What came of one teacher.
 #[derive(Debug, Clone)]
 pub struct Recovered {
@@ -72,6 +91,8 @@ pub struct Recovered {
     pub agreement: f64,
     /// Queries spent on it in this run.
     pub queries: u64,
+    /// Why it ended.
+    pub stop: RecoverStop,
     /// Wall-clock time; 0 for images read from an earlier run.
     pub seconds: f64,
 }
@@ -85,6 +106,7 @@ impl Recovered {
         let mut store = self.images.to_store();
         store.words.insert("agreement".into(), self.agreement.to_string());
         store.words.insert("queries".into(), self.queries.to_string());
+        store.words.insert("stop".into(), self.stop.name().into());
         store.save(path)
     }
 
@@ -99,6 +121,10 @@ impl Recovered {
             images: ModelImages::from_store(&store).context(at)?,
             agreement: store.number("agreement").context(at)?,
             queries: store.number("queries").context(at)?,
+            stop: match store.words.get("stop").map(String::as_str) {
+                Some("budget-spent") => RecoverStop::BudgetSpent,
+                _ => RecoverStop::Done,
+            },
             seconds: 0.0,
         })
     }
@@ -120,6 +146,8 @@ pub fn recover_one(
     let mut classes = Vec::new();
     let per_block = (config.batch / config.images_per_class.max(1)).max(1);
     let all: Vec<usize> = (0..spec.classes).collect();
+    let mut stop = RecoverStop::Done;
+    let mut done = 0;
     for (block, chosen) in all.chunks(per_block).enumerate() {
         let labels: Vec<usize> = chosen
             .iter()
@@ -133,21 +161,38 @@ pub fn recover_one(
             }
             Access::BlackBox | Access::Remote => {
                 let own = &config.black_box;
-                generate(teacher, &labels, config.image_size, own, seed, block as u64, watch)?
+                match generate(teacher, &labels, config.image_size, own, seed, block as u64, watch)
+                {
+                    Ok((made, RecoverStop::Done)) => made,
+                    Ok((made, ended)) => {
+                        stop = ended;
+                        made
+                    }
+                    // The classes of earlier blocks are whole, and bought.
+                    Err(error) if error.kind() == ErrorKind::Budget && done > 0 => {
+                        stop = RecoverStop::BudgetSpent;
+                        break;
+                    }
+                    Err(error) => return Err(error),
+                }
             }
         };
         images.extend(&made)?;
         classes.extend(labels);
+        done += chosen.len();
     }
     let labels = if spec.labels.len() == spec.classes {
-        spec.labels.clone()
+        spec.labels[..done].to_vec()
     } else {
-        (0..spec.classes).map(|class| class.to_string()).collect()
+        (0..done).map(|class| class.to_string()).collect()
     };
     let images = ModelImages::new(&spec.id, labels, classes, &images);
     let agreement = agreement(teacher, &images)?;
+    if agreement.is_nan() {
+        stop = RecoverStop::BudgetSpent;
+    }
     let seconds = start.elapsed().as_secs_f64();
-    Ok(Recovered { images, agreement, queries: teacher.queries(), seconds })
+    Ok(Recovered { images, agreement, queries: teacher.queries(), stop, seconds })
 }
 
 /// Share of the images, as stored, that `teacher` puts into their class.
@@ -155,7 +200,7 @@ fn agreement(teacher: &dyn Teacher, images: &ModelImages) -> Result<f64> {
     let logits = match teacher.logits(&images.images()) {
         Ok(logits) => logits,
         // Judging must not cost more than the budget allows; unknown is shown as such.
-        Err(error) if error.kind() == crate::ErrorKind::Budget => return Ok(f64::NAN),
+        Err(error) if error.kind() == ErrorKind::Budget => return Ok(f64::NAN),
         Err(error) => return Err(error),
     };
     let rows = logits.chunks_exact(teacher.spec().classes).zip(&images.classes);

@@ -10,6 +10,7 @@ use std::path::Path;
 
 use rayon::prelude::*;
 
+use super::remote::RemoteCandidate;
 use super::sidecar::{MAX_SIDECAR_BYTES, Sidecar};
 use super::spec::Rejection;
 use super::walk::{Found, ZooFile};
@@ -35,9 +36,21 @@ pub struct FoundSidecar {
     pub content: Sidecar,
 }
 
-/// Pairs what a walk found. Returns candidates by id, and rejections.
-pub fn pair(found: Found) -> (Vec<Candidate>, Vec<Rejection>) {
+/// What a walk found, paired.
+#[derive(Debug, Default)]
+pub struct Paired {
+    /// Model files by id.
+    pub candidates: Vec<Candidate>,
+    /// Sidecars of models that are served elsewhere, by id.
+    pub remotes: Vec<RemoteCandidate>,
+    /// The rest by path.
+    pub rejected: Vec<Rejection>,
+}
+
+/// Pairs what a walk found.
+pub fn pair(found: Found) -> Paired {
     let mut rejected = found.rejected;
+    let mut remotes: BTreeMap<String, RemoteCandidate> = BTreeMap::new();
     let mut candidates: BTreeMap<String, Candidate> = BTreeMap::new();
     let mut id_of: BTreeMap<String, String> = BTreeMap::new();
     for file in found.models {
@@ -62,7 +75,16 @@ pub fn pair(found: Found) -> (Vec<Candidate>, Vec<Rejection>) {
         match target(&file, &sidecar) {
             Some(name) => match id_of.get(&name).and_then(|id| candidates.get_mut(id)) {
                 Some(candidate) => attach(candidate, &file, sidecar),
-                None => rejected.extend(orphan(&file, &name, sidecar)),
+                None => match remote(&file, &sidecar) {
+                    Some(model) if !remotes.contains_key(&model.id) => {
+                        remotes.insert(model.id.clone(), model);
+                    }
+                    Some(model) => {
+                        let reason = format!("same name but for its extension as `{}`", model.id);
+                        rejected.push(reject(&file.relative, reason, "rename one of the two"));
+                    }
+                    None => rejected.extend(orphan(&file, &name, sidecar)),
+                },
             },
             None => {
                 let reason = "`model_path` leads out of the zoo".to_owned();
@@ -71,7 +93,11 @@ pub fn pair(found: Found) -> (Vec<Candidate>, Vec<Rejection>) {
         }
     }
     rejected.sort_by(|a, b| a.path.cmp(&b.path));
-    (candidates.into_values().collect(), rejected)
+    Paired {
+        candidates: candidates.into_values().collect(),
+        remotes: remotes.into_values().collect(),
+        rejected,
+    }
 }
 
 /// Reads the sidecar that belongs to `model` by name, for a model outside any zoo walk.
@@ -139,18 +165,37 @@ fn attach(candidate: &mut Candidate, file: &ZooFile, sidecar: Result<Sidecar>) {
     };
 }
 
-/// A sidecar without its model: remote, mistaken, or some other YAML file that is none of ours.
+/// A sidecar of a served model that lies outside any zoo walk.
+///
+/// # Errors
+/// As [`Sidecar::parse`]; when it has no endpoint.
+pub fn remote_at(path: &Path) -> Result<RemoteCandidate> {
+    let relative = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+    let file = ZooFile { relative, path: path.to_path_buf() };
+    let sidecar = read(&file);
+    match remote(&file, &sidecar) {
+        Some(model) => Ok(model),
+        None => Err(sidecar.err().unwrap_or_else(|| {
+            Error::input(format!("no `endpoint` in sidecar `{}`", path.display()))
+                .hint("name the `.onnx` file, or say in the sidecar where the model is served")
+        })),
+    }
+}
+
+/// The served model of a sidecar with an endpoint.
+fn remote(file: &ZooFile, sidecar: &Result<Sidecar>) -> Option<RemoteCandidate> {
+    let content = sidecar.as_ref().ok().filter(|sidecar| sidecar.endpoint.is_some())?.clone();
+    let sidecar = FoundSidecar { relative: file.relative.clone(), content };
+    Some(RemoteCandidate { file: file.clone(), id: stem(&file.relative).to_owned(), sidecar })
+}
+
+/// A sidecar without its model: mistaken, or some other YAML file that is none of ours.
 fn orphan(file: &ZooFile, model: &str, sidecar: Result<Sidecar>) -> Option<Rejection> {
     match sidecar {
-        Ok(sidecar) if sidecar.endpoint.is_some() => Some(reject(
-            &file.relative,
-            "remote models are not yet supported".into(),
-            "put the model's `.onnx` file beside the sidecar, or remove the sidecar",
-        )),
         Ok(_) => Some(reject(
             &file.relative,
             format!("the model of this sidecar is not there, expected `{model}`"),
-            "add the model, or correct `model_path`",
+            "add the model, or correct `model_path`; a served model needs an `endpoint`",
         )),
         Err(error) if speaks_our_language(&file.path) => Some(Rejection {
             path: file.relative.clone(),
@@ -183,7 +228,7 @@ mod tests {
     use super::super::walk::walk;
     use super::*;
 
-    fn zoo(files: &[(&str, &str)]) -> (Vec<Candidate>, Vec<Rejection>) {
+    fn zoo(files: &[(&str, &str)]) -> Paired {
         let zoo = tempfile::tempdir().unwrap();
         for (name, text) in files {
             let path = zoo.path().join(name);
@@ -195,7 +240,7 @@ mod tests {
 
     #[test]
     fn sidecars_find_their_models_by_stem_and_by_model_path() {
-        let (candidates, rejected) = zoo(&[
+        let Paired { candidates, rejected, .. } = zoo(&[
             ("a.onnx", "x"),
             ("a.yaml", "schema_version: 1\nmodel: A\n"),
             ("team/b.v2.onnx", "x"),
@@ -225,7 +270,7 @@ mod tests {
 
     #[test]
     fn a_broken_sidecar_rejects_its_own_model_only() {
-        let (candidates, rejected) =
+        let Paired { candidates, rejected, .. } =
             zoo(&[("a.onnx", "x"), ("a.yaml", "schema_version: 1\nmodle: A\n"), ("b.onnx", "x")]);
         assert_eq!(rejected, []);
         let error = candidates[0].sidecar.as_ref().unwrap_err();
@@ -235,7 +280,7 @@ mod tests {
 
     #[test]
     fn sidecars_without_a_model_are_told_apart() {
-        let (candidates, rejected) = zoo(&[
+        let Paired { candidates, remotes, rejected } = zoo(&[
             ("remote.yaml", "schema_version: 1\nendpoint: {url: 'http://h:1'}\n"),
             ("lost.yaml", "schema_version: 1\n"),
             ("typo.yaml", "schema_version: 1\nmodle: x\n"),
@@ -243,13 +288,13 @@ mod tests {
             ("compose.yaml", "services: {web: {image: nginx}}\n"),
         ]);
         assert!(candidates.is_empty());
+        assert_eq!(remotes.iter().map(|r| r.id.as_str()).collect::<Vec<_>>(), ["remote"]);
         let seen: Vec<_> = rejected.iter().map(|r| (r.path.as_str(), r.reason.as_str())).collect();
         assert_eq!(
             seen,
             [
                 ("lost.yaml", "the model of this sidecar is not there, expected `lost.onnx`"),
                 ("out.yaml", "`model_path` leads out of the zoo"),
-                ("remote.yaml", "remote models are not yet supported"),
                 ("typo.yaml", "`typo.yaml` line 2: unknown key `modle`"),
             ]
         );
@@ -258,7 +303,7 @@ mod tests {
 
     #[test]
     fn two_sidecars_for_one_model_are_refused() {
-        let (candidates, _) = zoo(&[
+        let Paired { candidates, .. } = zoo(&[
             ("a.onnx", "x"),
             ("a.yaml", "schema_version: 1\n"),
             ("b.yaml", "schema_version: 1\nmodel_path: a.onnx\n"),

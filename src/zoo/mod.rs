@@ -8,6 +8,7 @@ pub mod catalog;
 pub mod facts;
 pub mod hash;
 pub mod read;
+pub mod remote;
 pub mod resolve;
 pub mod sidecar;
 pub mod spec;

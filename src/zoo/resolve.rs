@@ -130,6 +130,7 @@ pub fn resolve(
         norm_taps: 0,
         unsupported_ops: Vec::new(),
         batch_dependent: false,
+        endpoint: None,
     };
     Ok(Resolved { spec, provenance: merge.provenance, notes: merge.notes })
 }

@@ -173,7 +173,8 @@ pub struct Endpoint {
     /// Seconds a request may take.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout_s: Option<f64>,
-    /// Environment variable that holds an `Authorization` header; never the secret itself.
+    /// Environment variable that holds the token (`Bearer TOKEN`, or the token alone); never the secret
+    /// itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub header_env: Option<String>,
 }
@@ -231,10 +232,52 @@ impl Sidecar {
                 return Err(field("id2label", "a label for every class from 0", &found));
             }
         }
+        if let Some(endpoint) = &self.endpoint {
+            endpoint.check()?;
+        }
         match &self.preprocess {
             Some(preprocess) => preprocess.check(),
             None => Ok(()),
         }
+    }
+}
+
+/// Longest time a request may be given, seconds.
+const MAX_TIMEOUT_S: f64 = 3600.0;
+
+impl Endpoint {
+    /// No message repeats a value that may be a secret in the wrong place.
+    fn check(&self) -> Result<()> {
+        let host = ["http://", "https://"].iter().find_map(|scheme| self.url.strip_prefix(scheme));
+        let authority = host.and_then(|rest| rest.split('/').next()).unwrap_or_default();
+        if authority.contains('@') {
+            return Err(Error::input("`url` must not carry a name or password")
+                .hint("put the token into an environment variable and name that in `header_env`"));
+        }
+        let odd = |c: char| c.is_whitespace() || c.is_control() || matches!(c, '?' | '#');
+        if authority.is_empty() || self.url.contains(odd) {
+            return Err(field("url", "an address as `http://HOST:PORT`", &self.url));
+        }
+        if let Some(name) = &self.header_env {
+            let start = name.chars().next().is_some_and(|c| c.is_ascii_alphabetic() || c == '_');
+            if !start || !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') {
+                return Err(Error::input(
+                    "`header_env` must be the name of an environment variable",
+                )
+                .hint("export the token in a variable and give that variable's name"));
+            }
+            if name.starts_with("METAZOA_") {
+                let expected = "a variable that is no setting (those begin with `METAZOA_`)";
+                return Err(field("header_env", expected, name));
+            }
+        }
+        if let Some(seconds) = self.timeout_s
+            && !(seconds > 0.0 && seconds <= MAX_TIMEOUT_S)
+        {
+            let expected = format!("above 0, at most {MAX_TIMEOUT_S}");
+            return Err(field("timeout_s", &expected, &seconds));
+        }
+        Ok(())
     }
 }
 

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::sidecar::Endpoint;
+
 /// How a model is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
@@ -134,6 +136,9 @@ pub struct ModelSpec {
     pub unsupported_ops: Vec<String>,
     /// Samples of one batch influence each other (dynamic quantisation): run one by one.
     pub batch_dependent: bool,
+    /// Where a remote model is served, with its name there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<Endpoint>,
 }
 
 /// A model that cannot be used, and why.

@@ -8,7 +8,7 @@ use std::path::Path;
 use metazoa::ErrorKind;
 use metazoa::access::black::{BlackOptions, BlackTeacher};
 use metazoa::access::probe::{ProbeRequest, VERB};
-use metazoa::access::zero_order::{Difference, ZeroOrder};
+use metazoa::access::zero_order::{Estimator, ZeroOrder};
 use metazoa::access::{LogitsLoss, Objective, Teacher};
 use metazoa::tensor::{Images, RngStream};
 use metazoa::zoo::{
@@ -22,11 +22,11 @@ const OPTIONS: BlackOptions = BlackOptions {
     zero_order: ZeroOrder {
         directions: 20,
         radius: 0.05,
-        difference: Difference::Forward,
+        estimator: Estimator::Forward,
+        frequencies: 8,
         pack: 64,
     },
     batch: 64,
-    spent: 0,
 };
 
 /// The spec that `NAME.yaml` beside the model describes. Written out here and not taken from the zoo
@@ -95,6 +95,7 @@ pub(crate) fn spec_from_sidecar(folder: &Path, name: &str) -> (ModelSpec, f64) {
         norm_taps: 0,
         unsupported_ops: vec![],
         batch_dependent: false,
+        endpoint: None,
     };
     (spec, sidecar["metrics"]["accuracy"].as_f64().unwrap())
 }

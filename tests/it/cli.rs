@@ -35,7 +35,7 @@ fn help_lists_only_what_works() {
           --json             Print one JSON object on stdout instead of a table
           --seed <SEED>      Seed of all randomness: same seed, same bytes [default: 0]
           --jobs <N>         Worker threads; never changes a result [default: all cores]
-          --device <DEVICE>  Where to compute; this version knows cpu only [default: cpu]
+          --device <DEVICE>  Where ONNX Runtime computes, cpu or cuda[:INDEX]; all else uses the cpu [default: cpu]
           --ort-lib <FILE>   The ONNX Runtime library to load (else ORT_DYLIB_PATH, the cache of `setup`, Python's)
       -q, --quiet            Say nothing but errors
       -v, --verbose...       Say more (-vv: everything)

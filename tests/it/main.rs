@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, unused_crate_dependencies)]
 #![allow(clippy::print_stderr, unreachable_pub)]
 
+mod access;
 mod architectures;
 mod black;
 mod cli;
@@ -15,9 +16,11 @@ mod nodes;
 mod onnx;
 mod pictures;
 mod probe;
+mod remote;
 mod report;
 mod runs;
 mod schemas;
+mod serve;
 mod setup;
 mod support;
 mod tape;

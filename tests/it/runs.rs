@@ -31,6 +31,8 @@ pub(crate) fn record() -> RunRecord {
             reason: "the file ends early".into(),
             hint: Some("export it again".into()),
         }],
+        outcomes: vec![],
+        query_limits: [].into(),
         stop_reason: Some("done".into()),
         seconds: [("recover".to_owned(), 12.5), ("meta".to_owned(), 80.0)].into(),
     }

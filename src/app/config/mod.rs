@@ -11,8 +11,8 @@ use serde_yaml::Value;
 pub mod types;
 
 pub use types::{
-    AugmentationConfig, BlackBoxConfig, ColorConfig, Edge, EvalConfig, ExportForm, MetaConfig,
-    Method, RecoverConfig, RunConfig, Schedule, SurrogateName, WhiteBoxConfig,
+    AugmentationConfig, BlackBoxConfig, ColorConfig, Edge, EstimatorName, EvalConfig, ExportForm,
+    MetaConfig, Method, RecoverConfig, RunConfig, Schedule, SurrogateName, WhiteBoxConfig,
 };
 
 use crate::error::{Error, Result, ResultExt};
@@ -109,6 +109,9 @@ impl RunConfig {
             ("image_size", self.image_size[0].min(self.image_size[1])),
             ("max_models", self.max_models.unwrap_or(1)),
             ("recover.images_per_class", self.recover.images_per_class),
+            ("recover.black_box.directions", self.recover.black_box.directions),
+            ("recover.black_box.frequencies", self.recover.black_box.frequencies.unwrap_or(1)),
+            ("recover.black_box.max_open", self.recover.black_box.max_open.unwrap_or(1)),
             ("meta.width", self.meta.width),
             ("meta.shot", self.meta.shot),
             ("meta.query", self.meta.query),

@@ -14,7 +14,7 @@ use crate::error::Result;
 /// Arguments of `invert`.
 #[derive(Debug, Args)]
 pub(crate) struct InvertArgs {
-    /// The model
+    /// The model; of a served one its sidecar (`NAME.yaml`)
     #[arg(value_name = "MODEL.onnx")]
     model: PathBuf,
     /// Images of each class
@@ -39,7 +39,7 @@ pub(crate) fn run(args: &InvertArgs, settings: &Settings, printer: &Printer) -> 
         config,
         runtime: settings.runtime_options(),
     };
-    let result = invert(&startup::context(settings, printer)?, &options)?;
+    let result = invert(&startup::asking_context(settings, printer)?, &options)?;
     printer.result(&result, table)?;
     Ok(Outcome::Done)
 }
@@ -50,8 +50,9 @@ fn table(result: &InvertResult) -> String {
         None => "unknown".into(),
     };
     format!(
-        "{}: {} images, agreement {agreement}, loss {:.3}, {} queries, {:.0} s\n",
+        "{}: {}, {} images, agreement {agreement}, loss {:.3}, {} queries, {:.0} s\n",
         result.path.display(),
+        result.stop_reason,
         result.images,
         result.loss,
         result.queries,

@@ -25,6 +25,12 @@ pub(crate) struct RunArgs {
     /// Go on with an unfinished run, with its own settings
     #[arg(long)]
     resume: bool,
+    /// Queries that may be spent in the whole run, shared among the models that can only be asked
+    #[arg(long, value_name = "N")]
+    budget: Option<u64>,
+    /// ONNX Runtime sessions open at once [default: two for every worker]
+    #[arg(long, value_name = "N")]
+    max_open: Option<std::num::NonZeroUsize>,
     /// Set one setting, as `meta.steps=100`
     #[arg(short = 's', long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
@@ -39,8 +45,9 @@ pub(crate) fn run(args: &RunArgs, settings: &Settings, printer: &Printer) -> Res
         Some(path) => RunConfig::read(path)?,
         None => RunConfig::parse(QUICKSTART, Path::new("examples/quickstart.yaml"))?,
     };
-    let config = overrides::resolved(&config, &args.set, settings)?;
-    let context = startup::context(settings, printer)?;
+    let mut config = overrides::resolved(&config, &args.set, settings)?;
+    overrides::queries(&mut config, args.budget, args.max_open);
+    let context = startup::asking_context(settings, printer)?;
     let start = if args.resume { Start::Resume } else { Start::New };
     let options = startup::train_options(&context, config, &args.out, start);
     let result = run_all(&context, &options)?;

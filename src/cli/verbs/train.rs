@@ -29,6 +29,12 @@ pub(crate) struct TrainArgs {
     /// Go on with an unfinished run, with its own settings
     #[arg(long)]
     resume: bool,
+    /// Queries that may be spent in the whole run, shared among the models that can only be asked
+    #[arg(long, value_name = "N")]
+    budget: Option<u64>,
+    /// ONNX Runtime sessions open at once [default: two for every worker]
+    #[arg(long, value_name = "N")]
+    max_open: Option<std::num::NonZeroUsize>,
     /// Set one setting, as `meta.steps=100`
     #[arg(short = 's', long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
@@ -46,6 +52,7 @@ pub(crate) fn run(args: &TrainArgs, settings: &Settings, printer: &Printer) -> R
         None => RunConfig::default(),
     };
     let mut config = overrides::resolved(&config, &args.set, settings)?;
+    overrides::queries(&mut config, args.budget, args.max_open);
     if let Some(method) = args.method {
         config.method = match method {
             MethodName::Inversion => Method::Inversion,
@@ -54,7 +61,7 @@ pub(crate) fn run(args: &TrainArgs, settings: &Settings, printer: &Printer) -> R
     if let Some(zoo) = &args.zoo {
         config.zoo.clone_from(zoo);
     }
-    let context = startup::context(settings, printer)?;
+    let context = startup::asking_context(settings, printer)?;
     let start = if args.resume { Start::Resume } else { Start::New };
     let options = startup::train_options(&context, config, &args.out, start);
     let result = train(&context, &options)?;

@@ -96,6 +96,39 @@ impl Generator {
         self.read(&self.forward(&constants)?)
     }
 
+    /// Directions in which small random moves of the latents take the images: `[n * count, 3, height, width]`,
+    /// image by image. Finite differences of the generator itself (Jacobian times a random vector); no teacher is
+    /// asked.
+    ///
+    /// # Errors
+    /// Those of the tape.
+    pub fn tangents(&self, count: usize, rng: &mut RngStream) -> Result<Images> {
+        /// Length of a move; f32 images of order 1 keep four digits of the difference.
+        const STEP: f32 = 0.01;
+        let here = self.images()?;
+        let (n, stride) = (here.len(), here.stride());
+        let [h, w] = self.size;
+        let mut all = Images::zeros([n * count, 3, h, w]);
+        for k in 0..count {
+            let latents = &self.parameters[0];
+            let moves: Vec<f32> =
+                rng.normals(latents.elem_count()).iter().map(|v| STEP * v).collect();
+            let moved = (latents + Tensor::from_vec(moves, latents.dims(), &Device::Cpu)?)?;
+            let tape = Tape::new();
+            let mut constants = vec![tape.constant(moved)];
+            constants.extend(self.parameters[1..].iter().map(|p| tape.constant(p.clone())));
+            let there = self.read(&self.forward(&constants)?)?;
+            for i in 0..n {
+                let at = (i * count + k) * stride;
+                let pixels = &mut all.data_mut()[at..at + stride];
+                for ((out, a), b) in pixels.iter_mut().zip(there.image(i)).zip(here.image(i)) {
+                    *out = (a - b) / STEP;
+                }
+            }
+        }
+        Ok(all)
+    }
+
     fn read(&self, images: &Var) -> Result<Images> {
         let [h, w] = self.size;
         let n = images.dims()[0];
@@ -157,5 +190,31 @@ mod tests {
         let (losses, images) = run();
         assert!(losses[59] < 0.05 * losses[0], "{losses:?}");
         assert_eq!(images, run().1);
+    }
+
+    /// Along a tangent the images change as the tangent says, to first order.
+    #[test]
+    fn tangents_are_where_the_latents_move_the_images() {
+        let mut rng = RngStream::new(3, "generator-test", "", 0);
+        let generator = Generator::new(3, 8, 4, [8, 8], &mut rng).unwrap();
+        let mut twin = rng.clone();
+        let tangents = generator.tangents(2, &mut rng).unwrap();
+        assert_eq!(tangents.shape(), [6, 3, 8, 8]);
+        let first = twin.normals(24);
+        let mut moved = generator;
+        let step =
+            Tensor::from_vec(first.iter().map(|v| 0.02 * v).collect(), &[3, 8], &Device::Cpu);
+        let here = moved.images().unwrap();
+        moved.parameters[0] = (&moved.parameters[0] + step.unwrap()).unwrap();
+        let there = moved.images().unwrap();
+        for i in 0..3 {
+            let pairs = there.image(i).iter().zip(here.image(i)).zip(tangents.image(2 * i));
+            let (mut error, mut size) = (0.0, 0.0);
+            for ((a, b), t) in pairs {
+                error += (a - b - 0.02 * t).powi(2);
+                size += (a - b).powi(2);
+            }
+            assert!(size > 0.0 && error < 0.01 * size, "{error} {size}");
+        }
     }
 }
