@@ -21,7 +21,7 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use metazoa::access::library::RuntimeOptions;
 use metazoa::access::runtime::Runtime;
-use metazoa::access::zero_order::{Difference, ZeroOrder};
+use metazoa::access::zero_order::{Estimator, ZeroOrder};
 use metazoa::access::{
     BlackOptions, BlackTeacher, ImageGradient, Objective, Surrogate, Teacher, WhiteTeacher,
 };
@@ -154,9 +154,14 @@ impl Asking {
     fn new(path: &Path, batch: usize, runs: usize) -> Result<Self> {
         let spec = zoo::read::read_file(path)?.spec;
         let [_, height, width] = spec.preprocess.input_size;
-        let zero_order =
-            ZeroOrder { directions: 1, radius: 0.05, difference: Difference::Forward, pack: batch };
-        let options = BlackOptions { zero_order, batch, spent: 0 };
+        let zero_order = ZeroOrder {
+            estimator: Estimator::Forward,
+            directions: 1,
+            radius: 0.05,
+            frequencies: 8,
+            pack: batch,
+        };
+        let options = BlackOptions { zero_order, batch };
         let teacher = BlackTeacher::open(spec, runtime()?, options)?;
         Ok(Self { teacher, images: uniform_images(batch * runs, [height, width])? })
     }

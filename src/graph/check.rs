@@ -54,6 +54,9 @@ fn slope_error(exact: &[f64], measured: &[f64], floor: f64) -> f64 {
 /// disagreement: two slopes of noise may agree by chance.
 fn slope(difference: &mut impl FnMut(f64) -> f64, rounding: f64) -> f64 {
     let mut last = difference(STEPS[0]);
+    if last.abs() <= rounding / STEPS[0] {
+        return last;
+    }
     let mut best = (f64::INFINITY, last);
     for &step in &STEPS[1..] {
         let next = difference(step);
@@ -135,8 +138,8 @@ pub fn check_gradient(
     let (mut exact, mut measured) = (Vec::new(), Vec::new());
     // An input of 0..255 needs longer steps than one of 0..1; one of zeros needs some.
     let unit = (x.iter().map(|v| v * v).sum::<f64>() / x.len().max(1) as f64).sqrt().max(0.1);
-    // Rounding of the objective over the longest step.
-    let rounding = f64::EPSILON * objective.value(&double, &mut workspace, &x).abs();
+    // A few roundings of the objective.
+    let rounding = 4.0 * f64::EPSILON * objective.value(&double, &mut workspace, &x).abs();
     let floor = rounding / STEPS[0];
     for _ in 0..DIRECTIONS[usize::from(x.len() > LARGE)] {
         let direction: Vec<f64> =

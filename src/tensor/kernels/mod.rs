@@ -13,6 +13,7 @@ pub mod element;
 pub mod gemm;
 pub mod map;
 pub mod norm_pool;
+mod patches;
 pub mod row;
 pub mod scratch;
 pub mod special;

@@ -55,10 +55,10 @@ pub(super) fn erf_single(x: f32) -> f32 {
     let even = -1.728_534_7e-5 * size + 3.831_972e-4;
     let odd = -3.883_964_4e-3 * size + 2.425_462_2e-2;
     let mut power = even * square + odd;
-    for c in [-1.067_778_8e-1, -6.348_468_7e-1, -1.287_175_1e-1, -1.0] {
+    for c in [-1.067_778_8e-1, -6.348_468_7e-1, -1.287_175_1e-1] {
         power = power * size + c;
     }
-    let far = (1.0 - exp_single(power * size)).copysign(x);
+    let far = (1.0 - exp_single(power * size - size)).copysign(x);
     let mut near = -5.967_617e-4;
     for c in [4.991_194_2e-3, -2.676_813_5e-2, 1.128_199_25e-1, -3.761_253_4e-1, 1.283_791_7e-1] {
         near = near * square + c;

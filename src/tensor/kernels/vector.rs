@@ -169,46 +169,55 @@ pub(super) mod x86 {
     impl Vector for Avx512 {
         const LANES: usize = 16;
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
             Self(_mm512_set1_ps(value))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Self {
             Self(_mm512_loadu_ps(from))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
             _mm512_storeu_ps(to, self.0);
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn add(self, other: Self) -> Self {
             Self(_mm512_add_ps(self.0, other.0))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn sub(self, other: Self) -> Self {
             Self(_mm512_sub_ps(self.0, other.0))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn mul(self, other: Self) -> Self {
             Self(_mm512_mul_ps(self.0, other.0))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn fma(self, factor: Self, term: Self) -> Self {
             Self(_mm512_fmadd_ps(self.0, factor.0, term.0))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn max(self, other: Self) -> Self {
             Self(_mm512_max_ps(self.0, other.0))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn load_twice(from: *const f32) -> Self {
             let twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
@@ -216,26 +225,31 @@ pub(super) mod x86 {
             Self(_mm512_permutexvar_ps(twice, half))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn swap_pairs(self) -> Self {
             Self(_mm512_permute_ps::<0b10_11_00_01>(self.0))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn odd_or_nan(self) -> Self {
             Self(_mm512_mask_mov_ps(_mm512_set1_ps(f32::NAN), 0xAAAA, self.0))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn where_equal(self, a: Self, b: Self) -> Self {
             Self(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a.0, b.0), self.0))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn unless_equal(self, a: Self, b: Self) -> Self {
             Self(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(a.0, b.0), self.0))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn where_between(self, low: Self, v: Self, high: Self) -> Self {
             let above = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(v.0, low.0);
@@ -244,12 +258,13 @@ pub(super) mod x86 {
         }
 
         // Pairs of rows are woven together, then pairs of pairs, then the quarters of the registers.
+        // SAFETY: the trait's contract.
         #[inline(always)]
         #[allow(clippy::needless_range_loop)]
         unsafe fn transpose(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
             let mut rows = [_mm512_setzero_ps(); 16];
             for i in 0..16 {
-                rows[i] = unsafe { _mm512_loadu_ps(from.add(i * from_stride)) };
+                rows[i] = _mm512_loadu_ps(from.add(i * from_stride));
             }
             let mut woven = rows;
             for i in 0..8 {
@@ -277,7 +292,7 @@ pub(super) mod x86 {
                     _mm512_shuffle_f32x4::<0b11_01_11_01>(high, high2),
                 ];
                 for l in 0..4 {
-                    unsafe { _mm512_storeu_ps(to.add((4 * l + j) * to_stride), columns[l]) };
+                    _mm512_storeu_ps(to.add((4 * l + j) * to_stride), columns[l]);
                 }
             }
         }
@@ -286,46 +301,55 @@ pub(super) mod x86 {
     impl Vector for Avx2 {
         const LANES: usize = 8;
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
             Self(_mm256_set1_ps(value))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Self {
             Self(_mm256_loadu_ps(from))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
             _mm256_storeu_ps(to, self.0);
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn add(self, other: Self) -> Self {
             Self(_mm256_add_ps(self.0, other.0))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn sub(self, other: Self) -> Self {
             Self(_mm256_sub_ps(self.0, other.0))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn mul(self, other: Self) -> Self {
             Self(_mm256_mul_ps(self.0, other.0))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn fma(self, factor: Self, term: Self) -> Self {
             Self(_mm256_fmadd_ps(self.0, factor.0, term.0))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn max(self, other: Self) -> Self {
             Self(_mm256_max_ps(self.0, other.0))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn load_twice(from: *const f32) -> Self {
             let twice = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
@@ -333,26 +357,31 @@ pub(super) mod x86 {
             Self(_mm256_permutevar8x32_ps(half, twice))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn swap_pairs(self) -> Self {
             Self(_mm256_permute_ps::<0b10_11_00_01>(self.0))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn odd_or_nan(self) -> Self {
             Self(_mm256_blend_ps::<0b1010_1010>(_mm256_set1_ps(f32::NAN), self.0))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn where_equal(self, a: Self, b: Self) -> Self {
             Self(_mm256_and_ps(_mm256_cmp_ps::<_CMP_EQ_OQ>(a.0, b.0), self.0))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn unless_equal(self, a: Self, b: Self) -> Self {
             Self(_mm256_and_ps(_mm256_cmp_ps::<_CMP_NEQ_UQ>(a.0, b.0), self.0))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         unsafe fn where_between(self, low: Self, v: Self, high: Self) -> Self {
             let above = _mm256_cmp_ps::<_CMP_GE_OQ>(v.0, low.0);
@@ -360,12 +389,13 @@ pub(super) mod x86 {
             Self(_mm256_and_ps(_mm256_and_ps(above, below), self.0))
         }
 
+        // SAFETY: the trait's contract.
         #[inline(always)]
         #[allow(clippy::needless_range_loop)]
         unsafe fn transpose(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
             let mut rows = [_mm256_set1_ps(0.0); 8];
             for i in 0..8 {
-                rows[i] = unsafe { _mm256_loadu_ps(from.add(i * from_stride)) };
+                rows[i] = _mm256_loadu_ps(from.add(i * from_stride));
             }
             let mut woven = rows;
             for i in 0..4 {
@@ -383,10 +413,8 @@ pub(super) mod x86 {
                 let (a, b) = (rows[j], rows[4 + j]);
                 let low = _mm256_permute2f128_ps::<0x20>(a, b);
                 let high = _mm256_permute2f128_ps::<0x31>(a, b);
-                unsafe {
-                    _mm256_storeu_ps(to.add(j * to_stride), low);
-                    _mm256_storeu_ps(to.add((4 + j) * to_stride), high);
-                }
+                _mm256_storeu_ps(to.add(j * to_stride), low);
+                _mm256_storeu_ps(to.add((4 + j) * to_stride), high);
             }
         }
     }

@@ -39,12 +39,16 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
+    /// # Safety
+    /// The processor must have the instructions.
     #[target_feature(enable = "avx512f")]
     unsafe fn avx512<const ADD: bool>(&self, dx: &mut [f32]) {
         // SAFETY: the instructions are switched on, the width is a multiple of 16.
         unsafe { self.run::<Avx512, ADD>(dx) }
     }
 
+    /// # Safety
+    /// The processor must have the instructions.
     #[target_feature(enable = "avx2,fma")]
     unsafe fn avx2<const ADD: bool>(&self, dx: &mut [f32]) {
         // SAFETY: the instructions are switched on, the width is a multiple of 8.

@@ -240,12 +240,16 @@ mod dispatch {
             }
         }
 
+        /// # Safety
+        /// The processor must have the instructions.
         #[target_feature(enable = "avx512f")]
         unsafe fn avx512(&self, panel: &mut [f32]) {
             // SAFETY: the instructions are switched on.
             unsafe { self.transform::<Avx512>(panel) }
         }
 
+        /// # Safety
+        /// The processor must have the instructions.
         #[target_feature(enable = "avx2,fma")]
         unsafe fn avx2(&self, panel: &mut [f32]) {
             // SAFETY: the instructions are switched on.
@@ -271,12 +275,16 @@ mod dispatch {
             }
         }
 
+        /// # Safety
+        /// The processor must have the instructions.
         #[target_feature(enable = "avx512f")]
         unsafe fn avx512(&self, block: &[Strip], rooms: &mut Rooms<'_>, y: &mut [f32]) {
             // SAFETY: the instructions are switched on.
             unsafe { self.convolve::<Avx512, 4>(block, rooms, y) }
         }
 
+        /// # Safety
+        /// The processor must have the instructions.
         #[target_feature(enable = "avx2,fma")]
         unsafe fn avx2(&self, block: &[Strip], rooms: &mut Rooms<'_>, y: &mut [f32]) {
             // SAFETY: the instructions are switched on.
