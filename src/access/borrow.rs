@@ -21,7 +21,7 @@ pub struct Borrowing {
 
 impl Borrowing {
     /// `own` with the statistics of `lenders`; `own` as it is where it has statistics or nobody lends.
-    pub fn new(own: Box<dyn Teacher>, lenders: &[Arc<WhiteTeacher>]) -> Box<dyn Teacher> {
+    pub fn over(own: Box<dyn Teacher>, lenders: &[Arc<WhiteTeacher>]) -> Box<dyn Teacher> {
         let lenders: Vec<_> =
             lenders.iter().filter(|lender| lender.statistics_layers() > 0).cloned().collect();
         if own.statistics_layers() > 0 || lenders.is_empty() {

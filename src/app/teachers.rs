@@ -156,6 +156,6 @@ impl<'a> Lenders<'a> {
         let open =
             |spec: &&ModelSpec| open_white(spec, self.zoo, Surrogate::Off).ok().map(Arc::new);
         let lenders = self.open.get_or_init(|| self.specs.iter().filter_map(open).collect());
-        Borrowing::new(teacher, lenders)
+        Borrowing::over(teacher, lenders)
     }
 }

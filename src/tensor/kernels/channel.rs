@@ -329,7 +329,7 @@ fn backward_blocks<T: Element, const ADD: bool>(
     let base = |x: T| through.offset + through.factor * x;
     let value = |x: T| channel.a * x + channel.b;
     let columns = width / 2;
-    let rows = if columns == 0 { 0 } else { dy.len() / columns };
+    let rows = dy.len().checked_div(columns).unwrap_or(0);
     let pairs = x.chunks_exact(2 * width).zip(dx.chunks_exact_mut(2 * width));
     for ((x, dx), dy) in pairs.zip(dy.chunks_exact(columns.max(1))) {
         let (top, bottom) = x.split_at(width);

@@ -179,7 +179,7 @@ fn largest_body<T: Element>(x: &[T]) -> T {
 #[inline(always)]
 fn scale_body<T: Element>(y: &mut [T], factor: T) {
     for y in y {
-        *y = *y * factor;
+        *y *= factor;
     }
 }
 

@@ -17,14 +17,8 @@ pub(super) fn exp_single(x: f32) -> f32 {
     // Adding it rounds to an integer, which then lies in the lowest bits.
     const ROUND: f32 = 12_582_912.0;
     const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
-    const POLYNOMIAL: [f32; 6] = [
-        1.987_569_1e-4,
-        1.398_199_9e-3,
-        8.333_452e-3,
-        4.166_579_6e-2,
-        1.666_666_5e-1,
-        5.000_000_1e-1,
-    ];
+    const POLYNOMIAL: [f32; 6] =
+        [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
     let within = if x > HIGH { HIGH } else { x };
     let within = if within < LOW { LOW } else { within };
     let shifted = within * std::f32::consts::LOG2_E + ROUND;
