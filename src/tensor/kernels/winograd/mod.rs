@@ -95,7 +95,6 @@ impl Sizes {
         Self {
             g: *g,
             tiles: [rows.div_ceil(TILE), columns.div_ceil(TILE)],
-
             lanes,
             panel: panel_vectors(level) * lanes,
             depth: g.in_channels.next_multiple_of(lanes),
