@@ -299,7 +299,7 @@ impl Default for WhiteBoxConfig {
             steps: 150,
             learning_rate: 0.025,
             final_rate: 0.05,
-            statistics_weight: 1.2,
+            statistics_weight: 0.2,
             surrogate: SurrogateName::Auto,
             lenders: 8,
             total_variation_weight: 1e-3,
