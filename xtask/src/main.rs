@@ -70,7 +70,7 @@ fn main() -> ExitCode {
 fn set_up() -> Result<(), Failure> {
     tools::require_linker()?;
     tools::require_pip()?;
-    eprintln!("xtask: building (the first time about seven minutes on two cores)");
+    eprintln!("xtask: building (the first time about eleven minutes on two cores)");
     finish(tools::cargo()?.args(["build", "--package", "metazoa", "--bin", "metazoa"]))?;
     if tools::has_own_library() {
         return Ok(());
