@@ -14,16 +14,7 @@ pub(crate) fn fuse<T: Element>(
     output: usize,
 ) {
     fuse_gelu(steps, lengths, output);
-    let mut readers = vec![0usize; lengths.len()];
-    let mut maker = vec![None; lengths.len()];
-    for (index, record) in steps.iter().enumerate() {
-        maker[record.output] = Some(index);
-        for operand in &record.inputs {
-            if let Operand::Live(id) = operand {
-                readers[*id] += 1;
-            }
-        }
-    }
+    let Steps { mut maker, reader, .. } = Steps::new(steps, lengths.len(), output);
     let mut removed = vec![false; steps.len()];
     for index in 0..steps.len() {
         let Some(follower) = steps[index].step.follower() else { continue };
@@ -31,7 +22,7 @@ pub(crate) fn fuse<T: Element>(
             .inputs
             .iter()
             .filter_map(|operand| match operand {
-                Operand::Live(id) if readers[*id] == 1 && *id != output => Some((maker[*id]?, *id)),
+                Operand::Live(id) if reader[*id].is_some() => Some((maker[*id]?, *id)),
                 _ => None,
             })
             .collect();

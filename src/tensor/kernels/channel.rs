@@ -8,6 +8,7 @@
 mod halved;
 
 use super::Element;
+use super::map::put;
 #[cfg(target_arch = "x86_64")]
 use super::vector::Level;
 use super::vector::at_each_level;
@@ -237,20 +238,6 @@ fn moments_body<T: Element>(shift: T, x: &[T]) -> [T; 2] {
         half /= 2;
     }
     [sums[0], squares[0]]
-}
-
-/// Puts `value(i)` at each position of `to`, or adds it.
-#[inline(always)]
-fn put<T: Element>(to: &mut [T], add: bool, value: impl Fn(usize) -> T) {
-    if add {
-        for (i, to) in to.iter_mut().enumerate() {
-            *to += value(i);
-        }
-    } else {
-        for (i, to) in to.iter_mut().enumerate() {
-            *to = value(i);
-        }
-    }
 }
 
 #[inline(always)]

@@ -267,20 +267,21 @@ pub fn conv2d_input_gradient<T: Element>(
     let (input, output) = (g.input_stride(), g.output_stride());
     assert_eq!(dx.len(), g.batch * input, "conv2d_input_gradient: input size");
     assert_eq!(dy.len(), g.batch * output, "conv2d_input_gradient: output size");
-    if let Some(reversed) = g.backward_as_forward()
-        && !dx.is_empty()
-        && !dy.is_empty()
-        && winograd_2d(&reversed, dy, (w, Filters::Reversed), None, dx, accumulate)
+    if dx.is_empty() || dy.is_empty() {
+        if !accumulate {
+            dx.fill(T::ZERO);
+        }
+        return;
+    }
+    let reversed = g.backward_as_forward().filter(|_| !g.is_depthwise());
+    if let Some(reversed) = &reversed
+        && winograd_2d(reversed, dy, (w, Filters::Reversed), None, dx, accumulate)
     {
         return;
     }
-    let reversed = g.backward_as_forward().filter(|_| !g.is_depthwise() && !dy.is_empty());
     // The way forward writes all it makes; the others add.
     if !accumulate && reversed.is_none() {
         dx.fill(T::ZERO);
-    }
-    if dx.is_empty() || dy.is_empty() {
-        return;
     }
     let images = images_per_task(g.batch);
     let tasks = dx.par_chunks_mut(images * input).zip(dy.par_chunks(images * output));

@@ -10,6 +10,10 @@
 
 use super::conv::Conv2dGeometry;
 use super::vector::Level;
+#[cfg(target_arch = "x86_64")]
+use super::vector::Vector;
+#[cfg(target_arch = "x86_64")]
+use super::vector::x86::{Avx2, Avx512};
 use super::{Element, scratch};
 
 /// Floats that padded images of one pass may take, so that they stay in the second-level cache.
@@ -259,75 +263,51 @@ impl Work<'_> {
     /// # Safety
     /// As [`Work::run`].
     #[target_feature(enable = "avx512f")]
-    unsafe fn avx512<const O: usize, const V: usize>(self) {
-        use std::arch::x86_64::{
-            _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
-        };
-        let mut sums = [[_mm512_setzero_ps(); V]; O];
-        let mut w = self.w.as_ptr();
-        for channel in 0..self.channels {
-            // SAFETY: inside the padded planes (the caller's duty), and `w` holds O values for each
-            // channel and tap.
-            unsafe {
-                let plane = self.x.add(channel * self.plane);
-                for &tap in self.taps {
-                    let mut x = [_mm512_setzero_ps(); V];
-                    for v in 0..V {
-                        x[v] = _mm512_loadu_ps(plane.add(tap + 16 * v));
-                    }
-                    for o in 0..O {
-                        let w = _mm512_set1_ps(*w.add(o));
-                        for v in 0..V {
-                            sums[o][v] = _mm512_fmadd_ps(x[v], w, sums[o][v]);
-                        }
-                    }
-                    w = w.add(O);
-                }
-            }
-        }
-        for (o, sums) in sums.iter().enumerate() {
-            for (v, &sum) in sums.iter().enumerate() {
-                let to = &mut self.sums[o * self.room + 16 * v..][..16];
-                // SAFETY: 16 floats, as sliced.
-                unsafe { _mm512_storeu_ps(to.as_mut_ptr(), sum) };
-            }
-        }
+    unsafe fn avx512<const O: usize, const N: usize>(self) {
+        // SAFETY: the instructions are switched on; else the caller's duty.
+        unsafe { self.sum::<Avx512, O, N>() }
     }
 
     /// # Safety
     /// As [`Work::run`].
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn avx2<const O: usize, const V: usize>(self) {
-        use std::arch::x86_64::{
-            _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps,
-        };
-        let mut sums = [[_mm256_setzero_ps(); V]; O];
-        let mut w = self.w.as_ptr();
-        for channel in 0..self.channels {
-            // SAFETY: inside the padded planes (the caller's duty), and `w` holds O values for each
-            // channel and tap.
-            unsafe {
+    unsafe fn avx2<const O: usize, const N: usize>(self) {
+        // SAFETY: the instructions are switched on; else the caller's duty.
+        unsafe { self.sum::<Avx2, O, N>() }
+    }
+
+    /// `N` vectors of `O` channels.
+    ///
+    /// # Safety
+    /// The instructions of `V` must be switched on; else as [`Work::run`].
+    #[inline(always)]
+    unsafe fn sum<V: Vector, const O: usize, const N: usize>(self) {
+        // SAFETY: reads lie inside the padded planes (the caller's duty), `w` holds O values for each channel and
+        // tap, and stores go to LANES floats, as sliced.
+        unsafe {
+            let mut sums = [[V::splat(0.0); N]; O];
+            let mut w = self.w.as_ptr();
+            for channel in 0..self.channels {
                 let plane = self.x.add(channel * self.plane);
                 for &tap in self.taps {
-                    let mut x = [_mm256_setzero_ps(); V];
-                    for v in 0..V {
-                        x[v] = _mm256_loadu_ps(plane.add(tap + 8 * v));
+                    let mut x = [V::splat(0.0); N];
+                    for n in 0..N {
+                        x[n] = V::load(plane.add(tap + V::LANES * n));
                     }
                     for o in 0..O {
-                        let w = _mm256_set1_ps(*w.add(o));
-                        for v in 0..V {
-                            sums[o][v] = _mm256_fmadd_ps(x[v], w, sums[o][v]);
+                        let w = V::splat(*w.add(o));
+                        for n in 0..N {
+                            sums[o][n] = x[n].fma(w, sums[o][n]);
                         }
                     }
                     w = w.add(O);
                 }
             }
-        }
-        for (o, sums) in sums.iter().enumerate() {
-            for (v, &sum) in sums.iter().enumerate() {
-                let to = &mut self.sums[o * self.room + 8 * v..][..8];
-                // SAFETY: 8 floats, as sliced.
-                unsafe { _mm256_storeu_ps(to.as_mut_ptr(), sum) };
+            for o in 0..O {
+                for n in 0..N {
+                    let to = &mut self.sums[o * self.room + V::LANES * n..][..V::LANES];
+                    sums[o][n].store(to.as_mut_ptr());
+                }
             }
         }
     }

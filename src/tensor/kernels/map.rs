@@ -71,13 +71,19 @@ fn block_three_body<T: Element, F: Three<T>>(
     f: F,
 ) {
     let (a, b, c) = (&a[..to.len()], &b[..to.len()], &c[..to.len()]);
+    put(to, add, |i| f(a[i], b[i], c[i]));
+}
+
+/// Puts `value(i)` at each position of `to`, or adds it.
+#[inline(always)]
+pub(super) fn put<T: Element>(to: &mut [T], add: bool, value: impl Fn(usize) -> T) {
     if add {
         for (i, to) in to.iter_mut().enumerate() {
-            *to += f(a[i], b[i], c[i]);
+            *to += value(i);
         }
     } else {
         for (i, to) in to.iter_mut().enumerate() {
-            *to = f(a[i], b[i], c[i]);
+            *to = value(i);
         }
     }
 }

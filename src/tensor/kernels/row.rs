@@ -2,6 +2,7 @@
 //! and backward, each a few passes over a row that lies in the first-level cache.
 
 use super::Element;
+use super::map::put;
 use super::special::exp;
 use super::vector::at_each_level;
 
@@ -107,20 +108,6 @@ fn standardize_body<T: Element>(
         }
     }
     [mean, inverse]
-}
-
-/// Puts `value(i)` at each position of `to`, or adds it.
-#[inline(always)]
-fn put<T: Element>(to: &mut [T], add: bool, value: impl Fn(usize) -> T) {
-    if add {
-        for (i, to) in to.iter_mut().enumerate() {
-            *to += value(i);
-        }
-    } else {
-        for (i, to) in to.iter_mut().enumerate() {
-            *to = value(i);
-        }
-    }
 }
 
 #[inline(always)]
