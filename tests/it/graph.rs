@@ -183,3 +183,61 @@ fn statistics_are_borrowed_where_a_model_has_none() {
     assert_eq!(rich.statistics_layers(), open("sh_003_glyphs_vgg_bn").statistics_layers());
     assert_eq!(Borrowing::over(Box::new(open(name)), &[]).statistics_layers(), 0);
 }
+
+/// Normalisation-free networks standardise their weights; exporters write that as BatchNormalization in
+/// training mode of a constant.
+#[test]
+fn standardised_weights_are_folded() {
+    use metazoa::graph::{
+        Attribute, CompileOptions, ConstantTensor, DataType, Dimension, Gradient, Graph, Node,
+        Plan, Port, Taps,
+    };
+    let port = |name: &str| Port {
+        name: name.into(),
+        dtype: DataType::Float32,
+        shape: Some([1, 2, 4].map(Dimension::Fixed).to_vec()),
+    };
+    let mut graph =
+        Graph { opset: 17, inputs: vec![port("x")], outputs: vec![port("y")], ..Graph::default() };
+    let mut constant = |name: &str, shape: &[usize], values: &[f32]| {
+        let tensor = ConstantTensor::f32(shape, values.to_vec());
+        graph.constants.insert(name.into(), std::sync::Arc::new(tensor));
+    };
+    constant("w", &[1, 2, 4], &[0.0, 1.0, 2.0, 3.0, 5.0, 5.0, 5.0, 9.0]);
+    constant("scale", &[2], &[2.0, 1.0]);
+    constant("shift", &[2], &[0.0, 10.0]);
+    constant("mean", &[2], &[1.0, 1.0]);
+    constant("var", &[2], &[1.0, 1.0]);
+    let parameters = ["w", "scale", "shift", "mean", "var"];
+    let outputs = ["v", "new_mean", "new_var"];
+    graph.nodes = vec![
+        Node::new("BatchNormalization", "standardise", &parameters, &outputs)
+            .with("training_mode", Attribute::Int(1))
+            .with("epsilon", Attribute::Float(0.0))
+            .with("momentum", Attribute::Float(0.75)),
+        Node::new("ReduceSum", "sum", &["new_var"], &["total"]).with("keepdims", Attribute::Int(0)),
+        Node::new("Add", "add", &["x", "v"], &["s"]),
+        Node::new("Add", "more", &["s", "total"], &["y"]),
+    ];
+    let options = CompileOptions {
+        input: "x".into(),
+        input_shape: vec![1, 2, 4],
+        output: "y".into(),
+        gradient: Gradient::Wanted,
+        taps: Taps::Norms,
+    };
+    let plan = Plan::<f64>::compile(&graph, &options).unwrap();
+    let found = plan.forward(&mut plan.workspace(), &[0.0; 8]).to_vec();
+    // Channel 0: mean 1.5, variance 1.25; channel 1: mean 6, variance 3. New variances 0.75 + v / 4.
+    let total = (0.75 + 1.25 / 4.0) + (0.75 + 3.0 / 4.0);
+    let of = |w: f64| total + 2.0 * (w - 1.5) / 1.25f64.sqrt();
+    let and = |w: f64| total + 10.0 + (w - 6.0) / 3f64.sqrt();
+    let expected = [of(0.0), of(1.0), of(2.0), of(3.0), and(5.0), and(5.0), and(5.0), and(9.0)];
+    for (found, expected) in found.iter().zip(expected) {
+        assert!((found - expected).abs() < 1e-6, "{found} instead of {expected}");
+    }
+
+    graph.nodes[0].inputs[0] = "x".into();
+    let error = Plan::<f64>::compile(&graph, &options).unwrap_err();
+    assert!(error.to_string().contains("training mode"), "{error}");
+}

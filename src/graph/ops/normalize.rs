@@ -13,9 +13,9 @@ use super::reduce::{Reduction, norm, reduce_axes};
 use super::select::choose;
 use super::{Rule, axis_index};
 use crate::error::{Error, Result};
-use crate::graph::ir::Node;
+use crate::graph::ir::{ConstantTensor, Node};
 use crate::graph::plan::{
-    Lower, Mode, Needs, Step, StepState, TapReference, Taps, Target, Value, elements,
+    Lower, Mode, Needs, Step, StepState, TapReference, Taps, Target, Value, elements, from_elements,
 };
 use crate::tensor::kernels::{Element, row};
 
@@ -32,17 +32,19 @@ pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
 
 fn batch_normalization<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
     let x = lower.input(node, 0)?;
-    if node.int("training_mode", 0)? != 0 {
-        return Err(
-            Error::unsupported("is in training mode").hint("export the model after `model.eval()`")
-        );
-    }
     let mut parameters = Vec::new();
     for index in 1..5 {
         let tensor = lower
             .constant_input(node, index)?
             .ok_or_else(|| Error::input(format!("needs input `{index}`")))?;
         parameters.push(tensor.to_f64());
+    }
+    if node.int("training_mode", 0)? != 0 {
+        let Value::Constant(tensor) = &x else {
+            return Err(Error::unsupported("is in training mode")
+                .hint("export the model after `model.eval()`"));
+        };
+        return standardized_weights(lower, node, tensor, &parameters);
     }
     let channels = x.shape().get(1).copied().unwrap_or(0);
     if channels == 0 || parameters.iter().any(|p| p.len() != channels) {
@@ -72,6 +74,59 @@ fn batch_normalization<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node)
     let shape = x.shape().to_vec();
     let y = lower.emit_tapped(Box::new(step), &[x], shape, Some(tap));
     lower.set_output(node, 0, y);
+    Ok(())
+}
+
+/// BatchNormalization in training mode of a constant: how exporters write the standardisation of weights
+/// (normalisation-free networks), by the constant's own mean and variance.
+fn standardized_weights<'g, T: Element>(
+    lower: &mut Lower<'g, T>,
+    node: &'g Node,
+    x: &ConstantTensor,
+    parameters: &[Vec<f64>],
+) -> Result<()> {
+    let &[batch, channels, ref rest @ ..] = x.shape.as_slice() else {
+        return Err(Error::input(format!("input of shape `{:?}`", x.shape)));
+    };
+    let plane: usize = rest.iter().product();
+    if batch * plane == 0 || parameters.iter().any(|p| p.len() != channels) {
+        let lengths: Vec<usize> = parameters.iter().map(Vec::len).collect();
+        return Err(Error::input(format!(
+            "parameters of {lengths:?} values do not fit an input of shape `{:?}`",
+            x.shape
+        )));
+    }
+    let epsilon = f64::from(node.float("epsilon", 1e-5)?);
+    let momentum = f64::from(node.float("momentum", 0.9)?);
+    let mut values = x.to_f64();
+    let mut running = [parameters[2].clone(), parameters[3].clone()];
+    let places = |channel: usize| {
+        (0..batch).flat_map(move |image| {
+            let start = (image * channels + channel) * plane;
+            start..start + plane
+        })
+    };
+    let count = (batch * plane) as f64;
+    for channel in 0..channels {
+        let mean = places(channel).map(|i| values[i]).sum::<f64>() / count;
+        let variance = places(channel).map(|i| (values[i] - mean).powi(2)).sum::<f64>() / count;
+        let scale = parameters[0][channel] / (variance + epsilon).sqrt();
+        for i in places(channel) {
+            values[i] = (values[i] - mean) * scale + parameters[1][channel];
+        }
+        for (running, seen) in running.iter_mut().zip([mean, variance]) {
+            running[channel] = running[channel] * momentum + seen * (1.0 - momentum);
+        }
+    }
+    let dtype = x.dtype;
+    let constant = |shape: Vec<usize>, values: &[f64]| {
+        let values: Vec<T> = values.iter().map(|&v| T::of(v)).collect();
+        Value::Constant(Arc::new(from_elements(shape, dtype, &values)))
+    };
+    lower.set_output(node, 0, constant(x.shape.clone(), &values));
+    for (index, running) in running.iter().enumerate() {
+        lower.set_output(node, index + 1, constant(vec![channels], running));
+    }
     Ok(())
 }
 
