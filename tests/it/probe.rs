@@ -85,6 +85,25 @@ fn no_hostile_file_hangs_or_kills_the_parent() {
     assert!(prober.started() <= rayon::current_num_threads());
 }
 
+/// A process that ends after its first answer: the next file is tried in a new one, and not blamed.
+#[test]
+fn a_process_that_died_while_idle_is_replaced() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = support::temp_dir();
+    let executable = folder.path().join("once");
+    let script = r#"#!/bin/sh
+read job; echo '{"Refused":{"message":"seen","hint":null}}'"#;
+    std::fs::write(&executable, script).unwrap();
+    std::fs::set_permissions(&executable, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let prober = Prober::new(&executable, Path::new("library"));
+    let limits = ProbeLimits { memory_bytes: 1 << 30, cpu_s: 5, wall_s: 5 };
+    for started in 1..=3 {
+        let error = prober.probe(Path::new("model"), None, &limits).unwrap_err();
+        assert_eq!((error.message(), error.kind()), ("seen", ErrorKind::Input));
+        assert_eq!(prober.started(), started);
+    }
+}
+
 /// Fixed batches, layouts, bytes, two outputs, int8, opsets 9 to 26: what the probe reports is so.
 #[test]
 fn awkward_but_valid_models_are_described_as_they_are() {

@@ -4,8 +4,8 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{self, Receiver};
-use std::sync::{Mutex, PoisonError};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::{Answer, Job, ProbeInput, ProbeLimits, ProbeReport, ProbeRequest, VERB, died, late};
@@ -56,20 +56,31 @@ impl Prober {
         let mut line = serde_json::to_string(&job)
             .map_err(|error| Error::internal(format!("cannot write the job: `{error}`")))?;
         line.push('\n');
-        let idle = || self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        let waiting = idle().pop();
-        let mut server = match waiting {
-            Some(server) => server,
-            None => {
-                self.started.fetch_add(1, Ordering::Relaxed);
-                Server::start(&self.executable)?
-            }
-        };
-        let text = server.ask(&line, limits)?;
-        idle().push(server);
-        let answer: Answer = serde_json::from_str(&text)
+        // One that died since it was last asked (killed for memory, say) is no fault of this model.
+        let waiting = self.idle().pop();
+        if let Some(mut server) = waiting
+            && let Some(answer) = server.ask(&line, limits)?
+        {
+            return self.conclude(server, &answer);
+        }
+        self.started.fetch_add(1, Ordering::Relaxed);
+        let mut server = Server::start(&self.executable)?;
+        match server.ask(&line, limits)? {
+            Some(answer) => self.conclude(server, &answer),
+            None => Err(server.why_gone(limits)),
+        }
+    }
+
+    /// Keeps the process for the next file; the report in its answer.
+    fn conclude(&self, server: Server, answer: &str) -> Result<ProbeReport> {
+        self.idle().push(server);
+        let answer: Answer = serde_json::from_str(answer)
             .map_err(|error| Error::internal(format!("no answer of a probe: `{error}`")))?;
         answer.into_result()
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Server>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -107,23 +118,26 @@ impl Server {
         Ok(Self { child, answers })
     }
 
-    /// The answer to `job`.
+    /// The answer to `job`; `None` when the process is gone.
     ///
     /// # Errors
-    /// When the process dies or says nothing in time; it is of no use then.
-    fn ask(&mut self, job: &str, limits: &ProbeLimits) -> Result<String> {
+    /// When it says nothing in time; it is of no use then.
+    fn ask(&mut self, job: &str, limits: &ProbeLimits) -> Result<Option<String>> {
         // A process that is gone already is told by its silence.
         if let Some(stdin) = &mut self.child.stdin {
             let _ = stdin.write_all(job.as_bytes()).and_then(|()| stdin.flush());
         }
-        let wall = Duration::from_secs(limits.wall_s + GRACE_S);
-        match self.answers.recv_timeout(wall) {
-            Ok(answer) => Ok(answer),
-            Err(mpsc::RecvTimeoutError::Timeout) => Err(late(limits)),
-            Err(mpsc::RecvTimeoutError::Disconnected) => match self.child.wait() {
-                Ok(status) => Err(died(status, limits)),
-                Err(error) => Err(Error::internal(format!("the probe's process is lost: {error}"))),
-            },
+        match self.answers.recv_timeout(Duration::from_secs(limits.wall_s + GRACE_S)) {
+            Ok(answer) => Ok(Some(answer)),
+            Err(RecvTimeoutError::Timeout) => Err(late(limits)),
+            Err(RecvTimeoutError::Disconnected) => Ok(None),
+        }
+    }
+
+    fn why_gone(&mut self, limits: &ProbeLimits) -> Error {
+        match self.child.wait() {
+            Ok(status) => died(status, limits),
+            Err(error) => Error::internal(format!("the probe's process is lost: {error}")),
         }
     }
 }
