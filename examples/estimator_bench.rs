@@ -6,7 +6,9 @@
 //! `cargo run --example estimator_bench -- agreement ZOO MODELS [STEPS] [ARM...]`: recovers images with each estimator and
 //! prints the share that the model itself puts into the wanted class, and the share that the zoo's other models which
 //! know the class by name put there (they never saw the images), against the queries spent. An arm is
-//! `ESTIMATOR:DIRECTIONS[:RADIUS[:FREQUENCIES[:STEPS]]]`.
+//! `ESTIMATOR:DIRECTIONS[:RADIUS[:FREQUENCIES[:STEPS]]]`. `models=a,b` takes the models with these words in their names
+//! instead of the first MODELS; `judges=ZOO` lets another zoo's models judge, except those of the very same classes;
+//! `images=N` recovers N images a class instead of six.
 //!
 //! `RAYON_NUM_THREADS=1 cargo run --example estimator_bench -- throughput ZOO MODELS`: images asked a second.
 #![allow(clippy::print_stdout)]
@@ -72,16 +74,32 @@ fn main() -> Result<()> {
     };
     let number = |at: usize, usual| rest.get(at).and_then(|v| v.parse().ok()).unwrap_or(usual);
     let (count, steps): (usize, usize) = (number(0, 3), number(1, 0));
-    let arms: Vec<Arm> = rest.iter().skip(2).map(|text| arm(text)).collect::<Result<_>>()?;
+    let option =
+        |name: &str| rest.iter().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+    let arms = rest.iter().skip(2).filter(|word| !word.contains('='));
+    let arms: Vec<Arm> = arms.map(|text| arm(text)).collect::<Result<_>>()?;
     let everyone = models(Path::new(zoo))?;
-    let specs = &everyone[..count.min(everyone.len())];
+    let specs: Vec<ModelSpec> = match option("models") {
+        Some(words) => {
+            let wanted = |spec: &&ModelSpec| words.split(',').any(|word| spec.id.contains(word));
+            everyone.iter().filter(wanted).cloned().collect()
+        }
+        None => everyone.iter().take(count).cloned().collect(),
+    };
+    let specs = specs.as_slice();
     let cache = std::env::var("HOME").unwrap_or_default() + "/.cache/metazoa";
     let runtime = Runtime::load(&RuntimeOptions::new(cache))?;
     match mode.as_str() {
         "cosine" => cosines(specs, runtime, if steps == 0 { 30 } else { steps }, &arms),
         "agreement" => {
-            let judges = Judges::open(&everyone, runtime)?;
-            agreements(specs, &judges, runtime, if steps == 0 { 60 } else { steps }, &arms)
+            let judges = match option("judges") {
+                Some(zoo) => models(Path::new(zoo))?,
+                None => everyone,
+            };
+            let judges = Judges::open(&judges, runtime)?;
+            let images = option("images").and_then(|text| text.parse().ok()).unwrap_or(6);
+            let steps = if steps == 0 { 60 } else { steps };
+            agreements(specs, &judges, runtime, [images, steps], &arms)
         }
         "throughput" => throughput(specs, runtime),
         other => Err(Error::usage(format!("unknown mode `{other}`"))),
@@ -197,13 +215,15 @@ impl Judges {
     /// Share of the verdicts for the image's class, by all models but `own` that know it by name.
     fn share(
         &self,
-        own: &str,
+        own: &ModelSpec,
         labels: &[String],
         classes: &[usize],
         images: &Images,
     ) -> Result<f64> {
         let (mut right, mut all) = (0usize, 0usize);
-        for judge in self.0.iter().filter(|judge| judge.spec().id != own) {
+        // One that knows the very same classes may be the same model in another file.
+        let other = |judge: &&BlackTeacher| judge.spec().labels != own.labels;
+        for judge in self.0.iter().filter(other) {
             let known = &judge.spec().labels;
             let wanted: Vec<Option<usize>> =
                 labels.iter().map(|label| known.iter().position(|other| other == label)).collect();
@@ -228,7 +248,7 @@ fn agreements(
     specs: &[ModelSpec],
     judges: &Judges,
     runtime: &'static Runtime,
-    steps: usize,
+    [images_per_class, steps]: [usize; 2],
     arms: &[Arm],
 ) -> Result<()> {
     let usual =
@@ -250,7 +270,7 @@ fn agreements(
             let recover = RecoverConfig {
                 seed: 0,
                 image_size: [32, 32],
-                images_per_class: 6,
+                images_per_class,
                 batch: 120,
                 white_box: InvertConfig {
                     steps: 0,
@@ -287,7 +307,7 @@ fn agreements(
             agreement += found.agreement;
             let images = &found.images;
             let (labels, classes) = (&images.labels, &images.classes);
-            others += judges.share(&spec.id, labels, classes, &images.images())?;
+            others += judges.share(spec, labels, classes, &images.images())?;
             losses += last.into_inner().unwrap_or(f64::NAN);
         }
         let n = specs.len() as f64;

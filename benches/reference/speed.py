@@ -462,32 +462,42 @@ def episode(kind, way, shot, size):
     return build
 
 
+def python_ways(path, parts, threads):
+    """ONNX Runtime from Python on ready tensors, a way each: one session of all threads or a session of one thread for
+    each, with the options Python's users have and with ours (no memory pattern, no spinning)."""
+
+    def session(intra, plain):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = intra
+        if not plain:
+            options.enable_mem_pattern = False
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def ask(one, part):
+        return one.run(None, {one.get_inputs()[0].name: part})[0]
+
+    pool, ways = ThreadPoolExecutor(threads), {}
+    for plain, words in ((True, ""), (False, ", our options")):
+        shared, own = session(threads, plain), [session(1, plain) for _ in range(threads)]
+
+        def share(at, own=own):
+            return [ask(own[at], part) for part in parts[at::threads]]
+
+        ways["one session" + words] = lambda shared=shared: [ask(shared, part) for part in parts]
+        ways["a session a thread" + words] = lambda share=share: list(pool.map(share, range(threads)))
+    return ways
+
+
 def black_box(name, batch, runs):
-    """`runs` batches: Python with one session of all threads, and with a session of one thread for each thread."""
+    """`runs` batches, each way of `python_ways`."""
 
     def build(ours, _):
         path, _graph = prepare(ours.folder, name, batch)
         case = ["black-box", path, batch, runs]
         values = ours.values(*case)
-        threads = torch.get_num_threads()
         parts = [part.numpy() for part in values["images"].split(batch)]
-
-        def session(intra):
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = intra
-            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-        def ask(one, part):
-            return one.run(None, {one.get_inputs()[0].name: part})[0]
-
-        shared, own = session(threads), [session(1) for _ in range(threads)]
-        pool = ThreadPoolExecutor(threads)
-
-        def share(at):
-            return [ask(own[at], part) for part in parts[at::threads]]
-
-        ways = {"one session": lambda: [ask(shared, part) for part in parts],
-                "a session a thread": lambda: list(pool.map(share, range(threads)))}
+        ways = python_ways(path, parts, torch.get_num_threads())
         given = torch.from_numpy(np.concatenate(ways["one session"]()))
         return case, ways, agree("scores", relative(given, values["logits"]), LOSS_TOLERANCE)
 

@@ -7,6 +7,7 @@
 //! and remote teachers share it, so an image means the same to each.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use half::f16;
 
@@ -122,25 +123,63 @@ impl Adapter {
     /// # Errors
     /// When the images are not canonical (3 channels, at least one pixel).
     pub fn forward(&self, images: &Images) -> Result<Vec<f32>> {
+        self.forward_part(images, 0..images.len())
+    }
+
+    /// As [`Adapter::forward`], of the images at `part` alone.
+    ///
+    /// # Errors
+    /// As [`Adapter::forward`].
+    pub fn forward_part(&self, images: &Images, part: Range<usize>) -> Result<Vec<f32>> {
         let resize = self.resize(images.shape())?;
+        // One loop each, so that the compiler makes vectors of it.
+        Ok(match self.dtype {
+            ElementType::Uint8 => {
+                self.mapped(images, part, &resize, |x| x.round().clamp(0.0, 255.0))
+            }
+            ElementType::Float16 => {
+                self.mapped(images, part, &resize, |x| f16::from_f32(x).to_f32())
+            }
+            ElementType::Float32 | ElementType::Float64 => {
+                self.mapped(images, part, &resize, |x| x)
+            }
+        })
+    }
+
+    fn mapped(
+        &self,
+        images: &Images,
+        part: Range<usize>,
+        resize: &Resize,
+        round: impl Fn(f32) -> f32,
+    ) -> Vec<f32> {
         let (c, pixels) = (self.channels.len(), self.height * self.width);
-        let mut out = vec![0.0; images.len() * c * pixels];
+        let mut out = vec![0.0; part.len() * c * pixels];
         let (channel_step, pixel_step) = self.steps();
         let mut rows = Vec::new();
-        let mut plane = vec![0.0; pixels];
-        for index in 0..images.len() {
+        let mut resized = vec![0.0; if resize.is_identity() { 0 } else { pixels }];
+        for (index, target) in part.zip(out.chunks_exact_mut(c * pixels)) {
             let image = images.image(index);
-            let target = &mut out[index * c * pixels..(index + 1) * c * pixels];
             for (channel, &mix) in self.channels.iter().enumerate() {
-                resize.forward(&mixed(image, mix), &mut rows, &mut plane);
+                let mixed = mixed(image, mix);
+                let plane = if resize.is_identity() {
+                    &mixed
+                } else {
+                    resize.forward(&mixed, &mut rows, &mut resized);
+                    resized.as_slice()
+                };
                 let (scale, offset) = (self.scale[channel], self.offset[channel]);
-                let values = target[channel * channel_step..].iter_mut().step_by(pixel_step);
-                for (value, &x) in values.zip(&plane) {
-                    *value = self.round(scale * x + offset);
+                let target = &mut target[channel * channel_step..];
+                let values = plane.iter().map(|&x| round(scale * x + offset));
+                if pixel_step == 1 {
+                    target.iter_mut().zip(values).for_each(|(out, value)| *out = value);
+                } else {
+                    let target = target.iter_mut().step_by(pixel_step);
+                    target.zip(values).for_each(|(out, value)| *out = value);
                 }
             }
         }
-        Ok(out)
+        out
     }
 
     /// Gradient to the canonical images (`image_shape` = `[n, 3, height, width]`) from the gradient to
@@ -189,14 +228,6 @@ impl Adapter {
         match self.layout {
             Layout::Nchw => (self.height * self.width, 1),
             Layout::Nhwc => (1, self.channels.len()),
-        }
-    }
-
-    fn round(&self, value: f32) -> f32 {
-        match self.dtype {
-            ElementType::Uint8 => value.round().clamp(0.0, 255.0),
-            ElementType::Float16 => f16::from_f32(value).to_f32(),
-            ElementType::Float32 | ElementType::Float64 => value,
         }
     }
 
@@ -262,6 +293,11 @@ struct Resize {
 }
 
 impl Resize {
+    /// Whether nothing is cropped and the size stays.
+    fn is_identity(&self) -> bool {
+        self.vertical.identity && self.horizontal.identity
+    }
+
     /// Resizes `plane` into `out`: columns first, then rows; `rows` is scratch.
     fn forward(&self, plane: &[f32], rows: &mut Vec<f32>, out: &mut [f32]) {
         let (from, to) = (self.horizontal.from, self.horizontal.to());
@@ -308,6 +344,8 @@ impl Resize {
 /// Which old values, with which weights, make each new value along one axis.
 struct Axis {
     from: usize,
+    /// Every old value is its new one.
+    identity: bool,
     starts: Vec<usize>,
     /// Weights of output `i` are `weights[ends[i - 1]..ends[i]]`.
     ends: Vec<usize>,
@@ -322,7 +360,9 @@ impl Axis {
         let low = (from as f64 - kept) / 2.0;
         let step = kept / to as f64;
         let reach = step.max(1.0);
-        let mut axis = Self { from, starts: Vec::new(), ends: Vec::new(), weights: Vec::new() };
+        let identity = from == to && kept == from as f64;
+        let (starts, ends, weights) = (Vec::new(), Vec::new(), Vec::new());
+        let mut axis = Self { from, identity, starts, ends, weights };
         for i in 0..to {
             let center = low + (i as f64 + 0.5) * step;
             let start = ((center - reach + 0.5).floor().max(0.0) as usize).min(from - 1);

@@ -6,6 +6,7 @@
 //! do not depend on it.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::f16;
@@ -142,7 +143,7 @@ impl BlackTeacher {
     pub fn zero_order(&self, images: &Images) -> ZeroOrder {
         let config = self.options.zero_order;
         let labels = self.spec.output_kind == OutputKind::Labels;
-        let rounding = if is_quantised(&self.spec) { QUANTISED_STEP } else { 0.0 };
+        let rounding = if self.spec.quantised { QUANTISED_STEP } else { 0.0 };
         let least =
             if labels || config.estimator == Estimator::HardLabel { LABEL_STEP } else { 0.0 };
         let step = rounding.max(least).max(f64::from(self.adapter.quantum()));
@@ -167,7 +168,7 @@ impl BlackTeacher {
     }
 
     /// Images of each run that answers `n` images, and how many a run is filled up to.
-    fn runs(&self, n: usize) -> (impl Iterator<Item = std::ops::Range<usize>> + use<>, usize) {
+    fn runs(&self, n: usize) -> (impl Iterator<Item = Range<usize>> + use<>, usize) {
         let (size, company) = self.batching();
         let step = if company == Company::Alone { 1 } else { size };
         let runs = (0..n.div_ceil(step)).map(move |run| run * step..((run + 1) * step).min(n));
@@ -190,16 +191,23 @@ impl BlackTeacher {
         let answers: Vec<Vec<f32>> = runs
             .collect::<Vec<_>>()
             .into_par_iter()
-            .map(|run| self.run(&images.range(run.start, run.end), size, paid))
+            .with_max_len(1)
+            .map(|run| self.run(images, run, size, paid))
             .collect::<Result<_>>()
             .context(|| format!("model `{}`", self.spec.path.display()))?;
         Ok(answers.concat())
     }
 
-    /// One run of the model on at most `size` images.
-    fn run(&self, images: &Images, size: usize, paid: &Reservation<'_>) -> Result<Vec<f32>> {
-        let n = images.len();
-        let mut values = self.adapter.forward(images)?;
+    /// One run of the model on the images at `part`, at most `size`.
+    fn run(
+        &self,
+        images: &Images,
+        part: Range<usize>,
+        size: usize,
+        paid: &Reservation<'_>,
+    ) -> Result<Vec<f32>> {
+        let n = part.len();
+        let mut values = self.adapter.forward_part(images, part)?;
         let filled = self.filled(n, size);
         // A fixed batch needs exactly `size` images: the last one fills it up. The answers for the filling are
         // thrown away.
@@ -314,13 +322,6 @@ impl BlackTeacher {
         let rows = logits.chunks_exact(self.spec.classes.max(1));
         owners.iter().zip(rows).map(|(&owner, row)| objective.logits.value(owner, row)).collect()
     }
-}
-
-/// Whether the model computes in integers, by the operators that our own engine lacks.
-fn is_quantised(spec: &ModelSpec) -> bool {
-    let integer =
-        |op: &String| op.contains("QLinear") || op.contains("Quantize") || op.ends_with("Integer");
-    spec.unsupported_ops.iter().any(integer)
 }
 
 /// Input values in the element type the model declares.

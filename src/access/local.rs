@@ -1,6 +1,5 @@
 //! A black-box model in ONNX Runtime, its sessions out of the run's pool.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::black::Backend;
@@ -11,17 +10,16 @@ use super::session::{Session, Tensor};
 use crate::error::{Error, Result};
 use crate::tensor::Device;
 use crate::zoo::ModelSpec;
+use crate::zoo::hash::unchanged;
 
 /// A model file that ONNX Runtime runs.
 #[derive(Debug)]
 pub(super) struct LocalModel {
-    path: PathBuf,
+    spec: ModelSpec,
     runtime: &'static Runtime,
     device: Device,
     pool: Arc<SessionPool>,
     owner: u64,
-    input: String,
-    output: String,
     rank: usize,
 }
 
@@ -41,13 +39,11 @@ impl LocalModel {
         let rank = check_ports(lease.session(), spec);
         drop(lease);
         let model = Self {
-            path: spec.path.clone(),
+            spec: spec.clone(),
             runtime,
             device,
             pool: Arc::clone(pool),
             owner,
-            input: spec.input_name.clone(),
-            output: spec.logits_output.clone(),
             rank: *rank.as_ref().unwrap_or(&0),
         };
         rank.map(|_| model)
@@ -65,11 +61,14 @@ impl Backend for LocalModel {
     }
 
     fn run(&self, input: Tensor, cost: u64, paid: &Reservation<'_>) -> Result<Tensor> {
-        let mut lease =
-            self.pool.lease(self.owner, || self.runtime.open_on(&self.path, self.device))?;
+        let mut lease = self.pool.lease(self.owner, || {
+            // The pool may have closed the first session long ago, and the file be another one by now.
+            unchanged(&self.spec)?;
+            self.runtime.open_on(&self.spec.path, self.device)
+        })?;
         paid.take(cost)?;
-        let inputs = vec![(self.input.as_str(), input)];
-        let mut answer = lease.session().run(inputs, &[self.output.as_str()])?;
+        let inputs = vec![(self.spec.input_name.as_str(), input)];
+        let mut answer = lease.session().run(inputs, &[self.spec.logits_output.as_str()])?;
         answer.pop().ok_or_else(|| Error::internal("the run gave `0` outputs"))
     }
 }

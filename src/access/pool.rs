@@ -49,6 +49,11 @@ impl SessionPool {
         (state.most, state.opened)
     }
 
+    /// Sessions that exist now, in use or idle.
+    pub fn open_now(&self) -> usize {
+        self.lock().open
+    }
+
     /// A number for one model's sessions.
     pub(super) fn owner(&self) -> u64 {
         self.owners.fetch_add(1, Ordering::Relaxed)

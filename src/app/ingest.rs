@@ -9,6 +9,7 @@ use std::time::Instant;
 use rayon::prelude::*;
 
 use super::{Context, ingest_probe, ingest_remote};
+use crate::access::probe::Prober;
 use crate::error::{Error, Result};
 use crate::zoo::candidates::Paired;
 use crate::zoo::catalog::{Catalog, CatalogModel};
@@ -32,6 +33,13 @@ pub struct ProbeOptions {
     pub executable: PathBuf,
     /// The ONNX Runtime library.
     pub library: PathBuf,
+}
+
+impl ProbeOptions {
+    /// What tries the files.
+    pub fn prober(&self) -> Prober {
+        Prober::new(&self.executable, &self.library)
+    }
 }
 
 /// Whether `catalog.json` is written.
@@ -83,6 +91,7 @@ pub fn ingest(context: &Context, options: &IngestOptions) -> Result<Ingest> {
             .hint("put `.onnx` files of image classifiers there, in folders if you like"));
     }
     let count = candidates.len() + remotes.len();
+    let prober = options.probe.as_ref().map(ProbeOptions::prober);
     let stage = context.progress.stage("ingest", Some(count as u64));
     let read: Vec<Option<Result<CatalogModel, Rejection>>> = candidates
         .into_par_iter()
@@ -91,7 +100,7 @@ pub fn ingest(context: &Context, options: &IngestOptions) -> Result<Ingest> {
                 return None;
             }
             let outcome = read::read_candidate(&candidate, &zoo).and_then(|model| {
-                ingest_probe::try_out(model, options.probe.as_ref())
+                ingest_probe::try_out(model, prober.as_ref())
                     .map_err(|error| read::rejection(&candidate.file.relative, &error))
             });
             stage.advance(1);

@@ -4,8 +4,7 @@
 //! model is loaded and run once in a child process under limits; a failure there rejects it, and
 //! what it shows (batch axis, influence of the batch) corrects what the graph seemed to say.
 
-use super::ingest::ProbeOptions;
-use crate::access::probe::{ProbeInput, ProbeLimits, ProbeReport, ProbeRequest, probe};
+use crate::access::probe::{ProbeInput, ProbeLimits, ProbeReport, Prober};
 use crate::error::{Error, ErrorKind, Result, ResultExt as _};
 use crate::zoo::catalog::{CatalogModel, Provenance};
 use crate::zoo::{Access, BatchDimension, Layout, Preprocess};
@@ -14,30 +13,35 @@ use crate::zoo::{Access, BatchDimension, Layout, Preprocess};
 ///
 /// # Errors
 /// When the model cannot be run, or does not do what its file declares.
-pub fn try_out(mut model: CatalogModel, options: Option<&ProbeOptions>) -> Result<CatalogModel> {
+pub fn try_out(mut model: CatalogModel, prober: Option<&Prober>) -> Result<CatalogModel> {
     if model.spec.access != Access::BlackBox {
         return Ok(model);
     }
-    let Some(options) = options else {
+    let Some(prober) = prober else {
         model
             .notes
             .push("not tried in ONNX Runtime: it was not found; `metazoa setup` fetches it".into());
         return Ok(model);
     };
-    let request = ProbeRequest {
-        model: model.spec.path.clone(),
-        library: options.library.clone(),
-        input: Some(probe_input(&model)),
-    };
-    let limits = ProbeLimits::for_size(model.bytes);
-    match probe(&options.executable, &request, &limits) {
+    match first_contact(&model, prober) {
         Ok(report) => apply(&mut model, &report).context(|| "tried in ONNX Runtime".into())?,
         Err(error) if error.kind() == ErrorKind::Internal => {
             model.notes.push(format!("not tried in ONNX Runtime: {error}"));
         }
-        Err(error) => return Err(error.context("tried in ONNX Runtime")),
+        Err(error) => return Err(error),
     }
     Ok(model)
+}
+
+/// Runs the model in a child process, before ONNX Runtime opens its file in this one.
+///
+/// # Errors
+/// When the model cannot be run, or the child cannot be started.
+pub fn first_contact(model: &CatalogModel, prober: &Prober) -> Result<ProbeReport> {
+    let limits = ProbeLimits::for_size(model.bytes);
+    prober
+        .probe(&model.spec.path, Some(probe_input(model)), &limits)
+        .context(|| "tried in ONNX Runtime".into())
 }
 
 fn probe_input(model: &CatalogModel) -> ProbeInput {

@@ -9,6 +9,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Context;
+use super::ingest::ProbeOptions;
+use super::ingest_probe::first_contact;
 use super::teachers::open_white;
 use crate::access::library::RuntimeOptions;
 use crate::access::runtime::Runtime;
@@ -34,6 +36,8 @@ pub struct InspectOptions {
     pub gradient: GradientChecking,
     /// Where ONNX Runtime is looked for.
     pub runtime: RuntimeOptions,
+    /// How the file meets ONNX Runtime for the first time; `None` where that is not installed.
+    pub probe: Option<ProbeOptions>,
 }
 
 /// Whether the engine is checked.
@@ -112,6 +116,12 @@ fn check(context: &Context, options: &InspectOptions, result: &mut InspectResult
             spec.unsupported_ops.join("`, `")
         )));
     }
+    // What the sidecar forbids, it forbids here too.
+    if spec.access != Access::WhiteBox {
+        return Err(Error::unsupported("a black box gives no gradient to check").hint(
+            "remove `access: black-box` from the sidecar, if it stands there; else `metazoa inspect` says what is missing",
+        ));
+    }
     let begin = Instant::now();
     let folder = options.model.parent().filter(|p| !p.as_os_str().is_empty());
     let white = open_white(&spec, folder.unwrap_or(Path::new(".")), Surrogate::Unit)?;
@@ -140,6 +150,9 @@ fn check(context: &Context, options: &InspectOptions, result: &mut InspectResult
         batch: n,
     };
     let classes = spec.classes;
+    if let Some(options) = &options.probe {
+        first_contact(&result.model, &options.prober())?;
+    }
     let runtime = Runtime::load(&options.runtime)?;
     let begin = Instant::now();
     let black = BlackTeacher::open(spec, runtime, asked)?;

@@ -10,8 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use super::config::RunConfig;
 use super::files::write_atomically;
+use super::ingest::ProbeOptions;
 use super::teachers::{TeacherOptions, open};
-use super::{Context, ingest_remote, settings};
+use super::{Context, ingest_probe, ingest_remote, settings};
 use crate::access::library::RuntimeOptions;
 use crate::error::{Error, Result};
 use crate::methods::{Watch, recover_one};
@@ -32,6 +33,8 @@ pub struct InvertOptions {
     pub config: RunConfig,
     /// Where ONNX Runtime is looked for, for models that can only be queried.
     pub runtime: RuntimeOptions,
+    /// How the file meets ONNX Runtime for the first time; `None` where that is not installed.
+    pub probe: Option<ProbeOptions>,
 }
 
 /// What was written.
@@ -64,7 +67,8 @@ pub fn invert(context: &Context, options: &InvertOptions) -> Result<InvertResult
     let spec = if is_sidecar {
         ingest_remote::look(&candidates::remote_at(&options.model)?, &context.secrets)?.spec
     } else {
-        read::read_file(&options.model)?.spec
+        let prober = options.probe.as_ref().map(ProbeOptions::prober);
+        ingest_probe::try_out(read::read_file(&options.model)?, prober.as_ref())?.spec
     };
     let folder = options.model.parent().filter(|p| !p.as_os_str().is_empty());
     let folder = folder.unwrap_or(Path::new(".")).to_path_buf();

@@ -14,7 +14,7 @@ use crate::access::{
 use crate::error::{Error, Result, ResultExt};
 use crate::onnx;
 use crate::tensor::Device;
-use crate::zoo::hash::{file_sha, files_sha};
+use crate::zoo::hash::unchanged;
 use crate::zoo::{Access, ModelSpec};
 
 /// What opening needs beside the specs.
@@ -82,11 +82,11 @@ pub fn open(spec: &ModelSpec, options: &TeacherOptions) -> Result<Box<dyn Teache
     spec.query_budget = spec.query_budget.or(options.query_budget);
     match spec.access {
         Access::WhiteBox => {
-            unchanged(&spec, &options.zoo)?;
+            unchanged(&spec)?;
             Ok(Box::new(open_white(&spec, &options.zoo, options.surrogate)?))
         }
         Access::BlackBox => {
-            unchanged(&spec, &options.zoo)?;
+            unchanged(&spec)?;
             let runtime = Runtime::load(&options.runtime)?;
             let (device, pool) = (options.device, &options.pool);
             let teacher =
@@ -102,22 +102,6 @@ pub fn open(spec: &ModelSpec, options: &TeacherOptions) -> Result<Box<dyn Teache
             Ok(Box::new(options.count(teacher, &spec)?))
         }
     }
-}
-
-/// Refuses a file that is not the one its spec was made from: labels, sizes and images would be another model's.
-fn unchanged(spec: &ModelSpec, zoo: &Path) -> Result<()> {
-    if file_sha(&spec.path)? == spec.sha {
-        return Ok(());
-    }
-    // Models with external data are known by all their files.
-    let external =
-        onnx::load(&spec.path, zoo).map(|model| model.external_files).unwrap_or_default();
-    let files = std::iter::once(spec.path.as_path()).chain(external.iter().map(PathBuf::as_path));
-    if !external.is_empty() && files_sha(files)? == spec.sha {
-        return Ok(());
-    }
-    Err(Error::input(format!("the file has changed since it was read: `{}`", spec.path.display()))
-        .hint("put the file back, or start a new run"))
 }
 
 /// Opens one model as white-box, whatever its spec says of access.
@@ -147,14 +131,18 @@ impl<'a> Lenders<'a> {
         Self { specs, zoo, open: OnceLock::new() }
     }
 
-    /// `teacher`, with borrowed statistics where it is white-box and has none. A lender that cannot be
-    /// opened lends nothing; its own turn says why.
+    /// `teacher`, with borrowed statistics where it is white-box and has none. A lender that has changed or
+    /// cannot be opened lends nothing; its own turn says why.
     pub fn lend(&self, teacher: Box<dyn Teacher>) -> Box<dyn Teacher> {
         if teacher.spec().access != Access::WhiteBox || teacher.statistics_layers() > 0 {
             return teacher;
         }
-        let open =
-            |spec: &&ModelSpec| open_white(spec, self.zoo, Surrogate::Off).ok().map(Arc::new);
+        let open = |spec: &&ModelSpec| {
+            unchanged(spec)
+                .and_then(|()| open_white(spec, self.zoo, Surrogate::Off))
+                .map(Arc::new)
+                .ok()
+        };
         let lenders = self.open.get_or_init(|| self.specs.iter().filter_map(open).collect());
         Borrowing::over(teacher, lenders)
     }

@@ -60,6 +60,10 @@ pub fn main() -> ExitCode {
 }
 
 fn run(command: &args::Command, settings: &Settings, printer: &Printer) -> Result<Outcome> {
+    if let args::Command::ProbeModel(args) = command {
+        // It forks, so it has no threads.
+        return verbs::probe_model::run(args, printer);
+    }
     startup::start_threads(settings)?;
     startup::start_logging(settings, printer);
     match command {

@@ -2,10 +2,11 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
+use super::spec::ModelSpec;
 use crate::error::{Error, Result};
 
 /// Bytes read at a time; a model of any size is hashed in this much memory.
@@ -37,6 +38,20 @@ pub fn files_sha<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Result<String
         }
     }
     Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// Refuses a model whose files are not those its spec was made from: labels, sizes and images would be another
+/// model's, and nobody has looked at the new file yet.
+///
+/// # Errors
+/// When a file has changed or cannot be read.
+pub fn unchanged(spec: &ModelSpec) -> Result<()> {
+    let external = spec.external_files.iter().map(PathBuf::as_path);
+    if files_sha(std::iter::once(spec.path.as_path()).chain(external))? == spec.sha {
+        return Ok(());
+    }
+    Err(Error::input(format!("the file has changed since it was read: `{}`", spec.path.display()))
+        .hint("put the file back, or start a new run"))
 }
 
 #[cfg(test)]

@@ -84,6 +84,7 @@ fn read(
     let ops = model.graph.op_counts();
     let quantisation = facts::quantisation(&ops);
     resolved.spec.norm_taps = norm.taps;
+    resolved.spec.quantised = facts::rounds_activations(&ops);
     if quantisation == Quantisation::Dynamic {
         resolved.spec.batch_dependent = true;
         resolved.notes.push(
@@ -128,7 +129,8 @@ fn identity(path: &Path, id: &str, external: &[PathBuf]) -> Result<Identity> {
     } else {
         files_sha(std::iter::once(path).chain(external.iter().map(PathBuf::as_path)))?
     };
-    Ok(Identity { id: id.to_owned(), path: path.to_path_buf(), file_sha, sha })
+    let external_files = external.to_vec();
+    Ok(Identity { id: id.to_owned(), path: path.to_path_buf(), file_sha, sha, external_files })
 }
 
 /// White-box when the graph compiles and nobody forbids it; black-box otherwise, saying why.

@@ -99,6 +99,7 @@ pub fn describe(candidate: &RemoteCandidate, served: &ServedModel) -> Result<Cat
     let output = output_facts(served, said)?;
     let sha = identity(candidate, served)?;
     let identity = Identity {
+        external_files: Vec::new(),
         id: candidate.id.clone(),
         path: candidate.file.path.clone(),
         file_sha: sha.clone(),

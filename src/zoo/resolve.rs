@@ -49,10 +49,12 @@ pub struct Identity {
     pub file_sha: String,
     /// SHA-256 of the file and its external data.
     pub sha: String,
+    /// Real paths of the external data.
+    pub external_files: Vec<PathBuf>,
 }
 
-/// Merges. Access is set to white-box and `unsupported_ops`, `norm_taps`, `batch_dependent` are
-/// left empty: [`super::read`] fills them once the graph has been compiled.
+/// Merges. Access is set to white-box and `unsupported_ops`, `norm_taps`, `batch_dependent`,
+/// `quantised` are left empty: [`super::read`] fills them once the graph has been compiled.
 ///
 /// # Errors
 /// When the sidecar contradicts the file.
@@ -130,6 +132,8 @@ pub fn resolve(
         norm_taps: 0,
         unsupported_ops: Vec::new(),
         batch_dependent: false,
+        quantised: false,
+        external_files: identity.external_files,
         endpoint: None,
     };
     Ok(Resolved { spec, provenance: merge.provenance, notes: merge.notes })

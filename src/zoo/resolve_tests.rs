@@ -29,6 +29,7 @@ fn output() -> OutputFacts {
 
 fn identity() -> Identity {
     Identity {
+        external_files: vec![],
         id: "a".into(),
         path: "zoo/a.onnx".into(),
         file_sha: "ab".repeat(32),

@@ -136,6 +136,13 @@ pub struct ModelSpec {
     pub unsupported_ops: Vec<String>,
     /// Samples of one batch influence each other (dynamic quantisation): run one by one.
     pub batch_dependent: bool,
+    /// It rounds what it computes to integers of 8 bits or fewer, so that short steps of an image may change no
+    /// answer. Unknown, and false, for a served model.
+    #[serde(default)]
+    pub quantised: bool,
+    /// Real paths of the files with weights beside `path`, in the order in which `sha` takes them. Not serialized.
+    #[serde(skip)]
+    pub external_files: Vec<PathBuf>,
     /// Where a remote model is served, with its name there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<Endpoint>,

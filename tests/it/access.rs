@@ -9,13 +9,16 @@ use metazoa::access::{
     BlackOptions, BlackTeacher, LogitsLoss, Objective, SessionPool, Surrogate, Teacher,
     WhiteTeacher,
 };
-use metazoa::app::ingest::{CatalogWriting, IngestOptions, ingest};
-use metazoa::app::teachers::{TeacherOptions, open};
+use metazoa::app::ingest::{CatalogWriting, IngestOptions, ProbeOptions, ingest};
+use metazoa::app::inspect::{GradientChecking, InspectOptions, inspect};
+use metazoa::app::invert::{InvertOptions, invert};
+use metazoa::app::teachers::{Lenders, TeacherOptions, open};
 use metazoa::app::{Context, RunConfig};
 use metazoa::graph::{Attribute, DataType, Dimension, Node, Port};
 use metazoa::methods::parts::CrossEntropy;
 use metazoa::onnx::{self, ExportInfo};
 use metazoa::tensor::{Device, Images, RngStream};
+use metazoa::zoo::hash::file_sha;
 use metazoa::zoo::{Access, ModelSpec, OutputKind, read};
 
 use crate::black::Glyphs;
@@ -135,6 +138,109 @@ fn a_pool_never_holds_more_sessions_than_it_may() {
     assert_eq!(pool.usage(), (1, 1));
 }
 
+/// The pool has closed the model's session for another's when the file becomes another one: the next question is
+/// refused, and the other model is answered as before.
+#[test]
+fn a_file_replaced_between_two_questions_is_not_opened_again() {
+    let folder = temp_dir();
+    let copy = |name: &str, from: &str| {
+        let path = folder.path().join(name);
+        std::fs::copy(model(from), &path).unwrap();
+        path
+    };
+    let (own, other) = (copy("own.onnx", CONV4), copy("other.onnx", "ss_011_glyphs_conv4_32"));
+    let pool = Arc::new(SessionPool::new(1));
+    let open = |path: &std::path::Path| {
+        let spec = read::read_file(path).unwrap().spec;
+        BlackTeacher::open_in(spec, runtime(), Device::Cpu, &pool, OPTIONS).unwrap()
+    };
+    let images = noise(4);
+    let (own_teacher, other_teacher) = (open(&own), open(&other));
+    let answer = own_teacher.logits(&images).unwrap();
+    let expected = other_teacher.logits(&images).unwrap();
+    assert_eq!(own_teacher.logits(&images).unwrap(), answer);
+    assert_eq!(other_teacher.logits(&images).unwrap(), expected);
+    copy("own.onnx", "ss_028_glyphs_conv4_32");
+    let spent = own_teacher.queries();
+    let error = own_teacher.logits(&images).unwrap_err();
+    assert!(error.to_string().contains("has changed since it was read"), "{error}");
+    assert_eq!(own_teacher.queries(), spent, "what was not asked is not counted");
+    assert_eq!(other_teacher.logits(&images).unwrap(), expected);
+    drop((own_teacher, other_teacher));
+    assert_eq!(pool.open_now(), 0, "the sessions of models that are done are closed");
+}
+
+/// What a lender's file holds by now is not what the zoo was read for.
+#[test]
+fn a_model_replaced_since_ingest_lends_no_statistics() {
+    let zoo = temp_dir();
+    for (name, from) in [("lender", CONV4), ("taker", "sh_006_glyphs_convnext_ln_gelu")] {
+        std::fs::copy(model(from), zoo.path().join(format!("{name}.onnx"))).unwrap();
+        let yaml = format!("schema_version: 1\n{}", said(from));
+        std::fs::write(zoo.path().join(format!("{name}.yaml")), yaml).unwrap();
+    }
+    let context = Context::silent(0);
+    let options =
+        IngestOptions { zoo: zoo.path().into(), catalog: CatalogWriting::Skip, probe: None };
+    let found = ingest(&context, &options).unwrap();
+    let config = RunConfig::default();
+    let options = TeacherOptions::new(&context, &config, found.zoo.clone(), runtime_options());
+    let specs = found.specs();
+    let specs: Vec<&ModelSpec> = specs.iter().collect();
+    let taker = specs.iter().find(|spec| spec.id == "taker").unwrap();
+    let layers = || {
+        let lenders = Lenders::new(&specs, &found.zoo, 8);
+        lenders.lend(open(taker, &options).unwrap()).statistics_layers()
+    };
+    assert_eq!(layers(), 1, "borrowed");
+    let path = zoo.path().join("lender.onnx");
+    std::fs::copy(model("ss_011_glyphs_conv4_32"), &path).unwrap();
+    assert_eq!(layers(), 0, "a file that nobody has looked at lends nothing");
+    std::fs::copy(model(CONV4), &path).unwrap();
+    assert_eq!(layers(), 1);
+}
+
+/// A single file goes through the child as a zoo's files do: where that dies, this process does not open it.
+#[test]
+fn one_file_meets_onnx_runtime_in_a_child_too() {
+    use std::os::unix::fs::PermissionsExt;
+    let here = temp_dir();
+    let executable = here.path().join("child");
+    std::fs::write(&executable, "#!/bin/sh\nkill -SEGV $$\n").unwrap();
+    std::fs::set_permissions(&executable, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let library = runtime().library().path.clone();
+    let probe = Some(ProbeOptions { executable, library });
+    let context = Context::silent(0);
+    let out = here.path().join("out");
+    let options = InvertOptions {
+        model: model("edge_int8_qdq"),
+        out: out.clone(),
+        config: RunConfig::default(),
+        runtime: runtime_options(),
+        probe: probe.clone(),
+    };
+    let error = invert(&context, &options).unwrap_err();
+    assert!(error.to_string().contains("crashed on the model with signal `11`"), "{error}");
+    assert!(!out.exists());
+    let gradient = GradientChecking::Check;
+    let model = model(CONV4);
+    let options = InspectOptions { model, gradient, runtime: runtime_options(), probe };
+    let error = inspect(&context, &options).unwrap_err();
+    assert!(error.to_string().contains("crashed on the model with signal `11`"), "{error}");
+}
+
+/// A check that differentiates the graph is a gradient too.
+#[test]
+fn a_black_box_is_not_inspected_by_its_gradient() {
+    let path = model("edge_int8_qdq").display().to_string();
+    let here = temp_dir();
+    let ran = run_in(here.path(), &["inspect", &path, "--check-gradient"]);
+    assert_eq!(ran.code, 1, "{}", ran.stderr);
+    assert!(ran.stderr.contains("a black box gives no gradient"), "{}", ran.stderr);
+    assert!(ran.stderr.contains("remove `access: black-box`"), "{}", ran.stderr);
+    assert_eq!(run_in(here.path(), &["inspect", &path]).code, 0);
+}
+
 fn rayon_pool(threads: usize) -> rayon::ThreadPool {
     rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap()
 }
@@ -168,6 +274,7 @@ fn labels_only(folder: &std::path::Path) -> ModelSpec {
     let path = folder.join("labels.onnx");
     onnx::write(&path, &graph, &ExportInfo::new(BTreeMap::new())).unwrap();
     let output_kind = OutputKind::Labels;
+    let spec = ModelSpec { sha: file_sha(&path).unwrap(), ..spec };
     ModelSpec { path, logits_output: "label".into(), output_kind, access: Access::BlackBox, ..spec }
 }
 

@@ -110,6 +110,7 @@ fn architectures_run_and_differentiate_as_onnx_runtime_says() {
             model: model.clone(),
             gradient: GradientChecking::Check,
             runtime: runtime_options(),
+            probe: None, // Files of our own making.
         };
         match inspect(&Context::silent(3), &options) {
             Ok(found) => {

@@ -11,8 +11,9 @@ use metazoa::access::probe::{ProbeRequest, VERB};
 use metazoa::access::zero_order::{Estimator, ZeroOrder};
 use metazoa::access::{LogitsLoss, Objective, Teacher};
 use metazoa::tensor::{Images, RngStream};
+use metazoa::zoo::hash::file_sha;
 use metazoa::zoo::{
-    Access, BatchDimension, Color, ElementType, Layout, ModelSpec, OutputKind, Preprocess,
+    Access, BatchDimension, Color, ElementType, Layout, ModelSpec, OutputKind, Preprocess, read,
 };
 use serde_json::Value;
 
@@ -56,8 +57,8 @@ pub(crate) fn spec_from_sidecar(folder: &Path, name: &str) -> (ModelSpec, f64) {
         .collect();
     let spec = ModelSpec {
         id: name.to_owned(),
+        sha: file_sha(&path).unwrap(),
         path,
-        sha: String::new(),
         access: Access::BlackBox,
         classes: labels.len(),
         labels,
@@ -95,6 +96,8 @@ pub(crate) fn spec_from_sidecar(folder: &Path, name: &str) -> (ModelSpec, f64) {
         norm_taps: 0,
         unsupported_ops: vec![],
         batch_dependent: false,
+        quantised: false,
+        external_files: vec![],
         endpoint: None,
     };
     (spec, sidecar["metrics"]["accuracy"].as_f64().unwrap())
@@ -386,8 +389,8 @@ fn a_quantised_model_is_asked_with_longer_steps() {
     let (images, truth) = glyphs.batch(&spec.labels, 2);
     let loss = CrossEntropy(truth.iter().map(|class| (class + 2) % 5).collect());
     let zero_order = ZeroOrder { directions: 400, ..OPTIONS.zero_order };
-    let drop = |unsupported_ops: Vec<String>| {
-        let spec = ModelSpec { unsupported_ops, ..spec.clone() };
+    let drop = |quantised: bool| {
+        let spec = ModelSpec { quantised, ..spec.clone() };
         let options = BlackOptions { zero_order, ..OPTIONS };
         let teacher = BlackTeacher::open(spec, runtime(), options).unwrap();
         let seen = teacher.image_gradient(&images, &objective(&loss), &mut stream(6)).unwrap();
@@ -402,10 +405,39 @@ fn a_quantised_model_is_asked_with_longer_steps() {
         let values = logits.chunks_exact(5).enumerate().map(|(i, row)| loss.value(i, row));
         seen.logits_loss - values.sum::<f64>() / images.len() as f64
     };
-    let (short, long) =
-        (drop(vec![]), drop(vec!["DequantizeLinear".into(), "QuantizeLinear".into()]));
+    let (short, long) = (drop(false), drop(true));
     eprintln!("loss falls by {short:.2} with short steps, by {long:.2} with long ones");
     assert!(long > 1.5 * short && long > 1.8, "{short} {long}");
+}
+
+/// Read as a zoo is read: of both zoos' files the int8 ones, and no other, are asked with long steps.
+#[test]
+fn every_int8_file_gets_the_longer_steps_whether_or_not_its_operators_are_supported() {
+    let mut folders = vec![support::repository().join("zoo")];
+    folders.extend(support::shared("data/zoo_edge"));
+    let mut longer = Vec::new();
+    for folder in &folders {
+        for name in names_in(folder) {
+            let spec = read::read_file(&folder.join(format!("{name}.onnx"))).unwrap().spec;
+            if spec.preprocess.dtype == ElementType::Uint8 {
+                continue; // Asked with steps of a level for another reason.
+            }
+            let spec = ModelSpec { access: Access::BlackBox, ..spec };
+            let zero_order = ZeroOrder { radius: 0.005, ..OPTIONS.zero_order };
+            let teacher =
+                BlackTeacher::open(spec, runtime(), BlackOptions { zero_order, ..OPTIONS });
+            let radius = teacher.unwrap().zero_order(&noise(1)).radius;
+            if radius > 0.005 {
+                assert!((radius - 0.011 * 3072f64.sqrt()).abs() < 1e-9, "{name}: {radius}");
+                longer.push(name);
+            }
+        }
+    }
+    let expected: &[&str] = match folders.len() {
+        1 => &["edge_int8_qdq"],
+        _ => &["edge_int8_qdq", "edge_int8_qdq", "edge_int8_qoperator"],
+    };
+    assert_eq!(longer, expected);
 }
 
 /// The objective is a mean, so twice the same image has half the gradient each.

@@ -8,7 +8,7 @@ use candle_onnx::onnx::{
     AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto,
     TensorShapeProto, TypeProto, ValueInfoProto, tensor_shape_proto, type_proto,
 };
-use metazoa::access::probe::{ProbeLimits, ProbeReport, ProbeRequest, prefilter, probe};
+use metazoa::access::probe::{ProbeLimits, ProbeReport, ProbeRequest, Prober, prefilter, probe};
 use metazoa::error::{ErrorKind, Result};
 use metazoa::zoo::{BatchDimension, OutputKind};
 use prost::Message;
@@ -49,12 +49,12 @@ fn no_hostile_file_hangs_or_kills_the_parent() {
     let models = models_in(&folder);
     assert!(models.len() >= 57, "{}", models.len());
     let limits = ProbeLimits { memory_bytes: 2 << 30, cpu_s: 8, wall_s: 15 };
-    runtime();
+    let prober = Prober::new(executable(), &runtime().library().path);
     let outcomes: Vec<(String, Result<ProbeReport>, f64)> = models
         .par_iter()
         .map(|model| {
             let started = Instant::now();
-            let outcome = contact(model, &limits);
+            let outcome = prober.probe(model, None, &limits);
             (stem(model), outcome, started.elapsed().as_secs_f64())
         })
         .collect();
@@ -76,6 +76,32 @@ fn no_hostile_file_hangs_or_kills_the_parent() {
         }
     }
     assert_eq!(accepted, HARMLESS.into_iter().collect());
+    // Not one of them reached the processes that start the forks, and the next file finds them as the first did.
+    assert!(prober.started() <= rayon::current_num_threads(), "{}", prober.started());
+    let good = support::repository().join("zoo/ss_001_glyphs_conv4_32.onnx");
+    let limits = ProbeLimits::for_size(1 << 20);
+    let reports = [prober.probe(&good, None, &limits).unwrap(), contact(&good, &limits).unwrap()];
+    assert_eq!(reports[0], reports[1]);
+    assert!(prober.started() <= rayon::current_num_threads());
+}
+
+/// A process that ends after its first answer: the next file is tried in a new one, and not blamed.
+#[test]
+fn a_process_that_died_while_idle_is_replaced() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = support::temp_dir();
+    let executable = folder.path().join("once");
+    let script = r#"#!/bin/sh
+read job; echo '{"Refused":{"message":"seen","hint":null}}'"#;
+    std::fs::write(&executable, script).unwrap();
+    std::fs::set_permissions(&executable, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let prober = Prober::new(&executable, Path::new("library"));
+    let limits = ProbeLimits { memory_bytes: 1 << 30, cpu_s: 5, wall_s: 5 };
+    for started in 1..=3 {
+        let error = prober.probe(Path::new("model"), None, &limits).unwrap_err();
+        assert_eq!((error.message(), error.kind()), ("seen", ErrorKind::Input));
+        assert_eq!(prober.started(), started);
+    }
 }
 
 /// Fixed batches, layouts, bytes, two outputs, int8, opsets 9 to 26: what the probe reports is so.

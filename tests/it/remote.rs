@@ -209,6 +209,21 @@ fn a_token_comes_from_the_environment_and_a_missing_one_is_told() {
     assert!(server.authorizations().iter().all(|value| value == "Bearer open-sesame"));
 }
 
+/// A redirect is an answer like any other that is none: nothing is sent on, least of all the token.
+#[test]
+fn a_redirect_is_not_followed() {
+    let server = Server::start(&model(CONV4), "m", Data::Json);
+    let elsewhere = Server::start(&model(CONV4), "m", Data::Json);
+    let known = spec(&server, &said(CONV4)).unwrap();
+    let token = Authorization::new("open-sesame").unwrap();
+    let teacher = BlackTeacher::connect(known, Some(token), OPTIONS).unwrap();
+    server.faults(&[Fault::Redirect(elsewhere.address())]);
+    let error = teacher.logits(&noise(3)).unwrap_err();
+    assert!(error.to_string().contains("status 307"), "{error}");
+    assert_eq!(counts(&server, &teacher), (3, 3));
+    assert_eq!((elsewhere.requests(), elsewhere.authorizations().len()), (0, 0));
+}
+
 /// A sidecar with a secret in it is refused, and the message does not repeat the secret.
 #[test]
 fn secrets_in_a_sidecar_are_refused_without_repeating_them() {
@@ -438,7 +453,7 @@ fn the_token_is_written_nowhere() {
     let yaml =
         server.sidecar(&said(CONV4)).replace("model_name", "header_env: TOKEN_81, model_name");
     std::fs::write(zoo.join("m.yaml"), yaml).unwrap();
-    server.faults(&[Fault::Status(500), Fault::Cut]);
+    server.faults(&[Fault::Status(500), Fault::Cut, Fault::Echo(503)]);
     let mut said = String::new();
     let ingest = ["ingest", "zoo", "-vv"];
     let train = ["train", "zoo", "--out", "run", "-vv"];
@@ -450,6 +465,14 @@ fn the_token_is_written_nowhere() {
         said.push_str(&String::from_utf8(output.stderr).unwrap());
         assert!(output.status.success(), "{said}");
     }
+    // Refused for good by a server that repeats what it was sent: the reason stands in `run.json` and on stderr.
+    server.faults(&[Fault::Echo(401); 1]);
+    let mut command = metazoa(dir.path());
+    let args = ["train", "zoo", "--out", "refused", "-vv"];
+    let output = command.env("TOKEN_81", token).args(args).args(QUICK).output().unwrap();
+    assert!(!output.status.success());
+    said.push_str(&String::from_utf8(output.stderr).unwrap());
+    assert!(said.contains("status 401 (unknown token Bearer [token])"), "{said}");
     assert!(server.authorizations().iter().all(|value| value == &format!("Bearer {token}")));
     assert!(said.contains("again in"), "retries are logged: {said}");
     assert!(!said.contains(token), "the token was logged");

@@ -24,6 +24,10 @@ pub(crate) enum Fault {
     HalfAnswer,
     /// Takes this long.
     Slow(Duration),
+    /// Refuses with this status and repeats the token it was sent.
+    Echo(u16),
+    /// Sends the client to the same path of another server.
+    Redirect(std::net::SocketAddr),
     /// Answers well-formed HTTP that is no answer of the protocol.
     Nonsense,
 }
@@ -88,6 +92,10 @@ impl Server {
             }
         });
         Self { state, address }
+    }
+
+    pub(crate) fn address(&self) -> std::net::SocketAddr {
+        self.address
     }
 
     pub(crate) fn url(&self) -> String {
@@ -188,6 +196,18 @@ impl State {
             match fault {
                 Some(Fault::Status(status)) => {
                     write_answer(&mut writer, status, None, br#"{"error":"on purpose"}"#)?;
+                    continue;
+                }
+                Some(Fault::Echo(status)) => {
+                    let token = request.authorization.as_deref().unwrap_or_default();
+                    let text = json!({"error": format!("unknown token {token}")}).to_string();
+                    write_answer(&mut writer, status, None, text.as_bytes())?;
+                    continue;
+                }
+                Some(Fault::Redirect(to)) => {
+                    let to = format!("http://{to}{}", request.path);
+                    let head = "HTTP/1.1 307 X\r\nContent-Length: 0\r\nLocation:";
+                    writer.write_all(format!("{head} {to}\r\n\r\n").as_bytes())?;
                     continue;
                 }
                 Some(Fault::Cut) => {

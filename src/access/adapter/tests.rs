@@ -70,6 +70,7 @@ fn keeps_an_image_of_the_right_size_bit_for_bit() {
     let images = random(1, [2, 3, 8, 6]);
     let adapter = Adapter::new(&preprocess([3, 8, 6])).unwrap();
     assert_eq!(adapter.forward(&images).unwrap(), images.data());
+    assert_eq!(adapter.forward_part(&images, 1..2).unwrap(), images.image(1));
     assert_eq!(adapter.backward(images.data(), images.shape()).unwrap(), images);
 }
 

@@ -3,11 +3,14 @@
 //! Runs under the limits of [`super::probe`]. The images differ strongly in contrast, so that a model
 //! whose samples share a quantisation range betrays itself.
 
+use std::io::BufRead;
+
 use super::super::library::RuntimeOptions;
 use super::super::runtime::Runtime;
 use super::super::session::{Port, Session, Tensor, Values};
-use super::{Answer, ProbeInput, ProbeReport, ProbeRequest, ProbedPort};
-use crate::error::{Error, ErrorKind, Result};
+use super::fork::{Ended, in_fork};
+use super::{Answer, Job, ProbeInput, ProbeReport, ProbeRequest, ProbedPort, died, late};
+use crate::error::{Error, Result};
 use crate::tensor::RngStream;
 use crate::zoo::{BatchDimension, OutputKind};
 
@@ -22,36 +25,62 @@ const VALUE_LIMIT: usize = 1 << 26;
 /// dynamically quantised ones are at 1e-2.
 const BATCH_TOLERANCE: f64 = 1e-3;
 
-/// The child's answer to the request of [`super::probe`], both as JSON; the caller prints it.
+/// The answer to one request, both as JSON, worked out in this process and without limits; the caller prints it.
 ///
 /// # Errors
 /// When `request` is not one of ours. A refused model is an answer, not an error.
 pub fn answer(request: &str) -> Result<String> {
     let request: ProbeRequest = serde_json::from_str(request)
         .map_err(|error| Error::usage(format!("not a probe request: `{error}`")))?;
-    let answer = match examine(&request) {
-        Ok(report) => Answer::Report(report),
-        Err(error) => {
-            let message = error.to_string();
-            let hint = error.hint_text().map(ToOwned::to_owned);
-            match error.kind() {
-                ErrorKind::Internal => Answer::Failed { message, hint },
-                _ => Answer::Refused { message, hint },
-            }
+    Answer::of(examine(&request)).to_json()
+}
+
+/// Answers the jobs of a [`Prober`](super::Prober), a line each, until there are no more: each in a fork of its own, under
+/// its limits. `answer` prints a line. The process must have one thread.
+///
+/// # Errors
+/// When a line is no job, or cannot be read or answered.
+pub fn serve(jobs: impl BufRead, mut answer: impl FnMut(&str) -> Result<()>) -> Result<()> {
+    for line in jobs.lines() {
+        let line = line.map_err(|error| Error::internal(format!("no job to read: {error}")))?;
+        let job: Job = serde_json::from_str(&line)
+            .map_err(|error| Error::usage(format!("not a probe's job: `{error}`")))?;
+        answer(&try_in_fork(&job)?)?;
+    }
+    Ok(())
+}
+
+/// The answer to `job`, on one line.
+fn try_in_fork(job: &Job) -> Result<String> {
+    // Here and not in the fork: the next one has it too.
+    if let Err(error) = load(&job.request) {
+        return Answer::of(Err(error)).to_json();
+    }
+    let work = || answer_or_nothing(&job.request);
+    let error = match in_fork(&job.limits, work) {
+        Ok(Ended::Exited(status, bytes)) if status.success() && !bytes.is_empty() => {
+            return String::from_utf8(bytes)
+                .map_err(|_| Error::internal("an answer that is no text"));
         }
+        Ok(Ended::Exited(status, _)) => died(status, &job.limits),
+        Ok(Ended::Late) => late(&job.limits),
+        Err(error) => error,
     };
-    serde_json::to_string(&answer)
-        .map_err(|error| Error::internal(format!("cannot write the answer: `{error}`")))
+    Answer::of(Err(error)).to_json()
+}
+
+fn answer_or_nothing(request: &ProbeRequest) -> String {
+    Answer::of(examine(request)).to_json().unwrap_or_default()
+}
+
+fn load(request: &ProbeRequest) -> Result<&'static Runtime> {
+    let library = Some(request.library.clone());
+    Runtime::load(&RuntimeOptions { library, python: None, ..RuntimeOptions::new("") })
 }
 
 /// Loads and runs the model in this process.
 fn examine(request: &ProbeRequest) -> Result<ProbeReport> {
-    let options = RuntimeOptions {
-        library: Some(request.library.clone()),
-        python: None,
-        ..RuntimeOptions::new("")
-    };
-    let mut session = Runtime::load(&options)?.open(&request.model)?;
+    let mut session = load(request)?.open(&request.model)?;
     let input = Input::choose(&session, request.input.as_ref())?;
     let runs = test_runs(&mut session, &input)?;
     let outputs = session.outputs().iter().enumerate();

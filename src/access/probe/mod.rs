@@ -1,33 +1,35 @@
 //! First contact with a model file, in a child process that may die.
 //!
 //! ONNX Runtime hangs for ever on a file of 1.8 kB, aborts on others, and takes gigabytes for a third
-//! kind; nothing but a process border holds that (findings-ort.md, section 6). The child is this program
-//! again (hidden verb `probe-model`) under limits of memory, processor time, file size and core; the
-//! parent waits by the wall clock. Whatever happens to the child becomes a report or one [`Error`] that
-//! says why the model is rejected. [`child`] is the child's side.
+//! kind; nothing but a process border holds that (findings-ort.md, section 6). This program again (hidden verb
+//! `probe-model`) loads the library once and tries each file in a [`fork`] of itself, under limits of memory,
+//! processor time, wall time, file size and core. Whatever happens there becomes a report or one [`Error`] that
+//! says why the model is rejected, and the next file finds a process that has seen none. [`child`] is that
+//! program's side, [`Prober`] ours.
 
 pub mod child;
+mod fork;
+mod prober;
 
-use std::io::Read;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
-use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::process::ExitStatus;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::zoo::{BatchDimension, OutputKind};
+
+pub use prober::Prober;
 
 /// Name of the hidden verb that answers a probe.
 pub const VERB: &str = "probe-model";
 
-/// Most bytes read of the child's answer.
-const ANSWER_LIMIT: u64 = 4 << 20;
+/// Most bytes of an answer.
+const ANSWER_LIMIT: usize = 4 << 20;
 
-/// What the child may use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What a fork may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProbeLimits {
     /// Address space.
     pub memory_bytes: u64,
@@ -108,7 +110,14 @@ pub struct ProbedPort {
     pub looks_like: Option<OutputKind>,
 }
 
-/// The child's answer on its stdout, as JSON.
+/// What the child is asked, a line of JSON on its stdin.
+#[derive(Debug, Serialize, Deserialize)]
+struct Job {
+    request: ProbeRequest,
+    limits: ProbeLimits,
+}
+
+/// The child's answer, a line of JSON on its stdout.
 #[derive(Debug, Serialize, Deserialize)]
 enum Answer {
     Report(ProbeReport),
@@ -146,70 +155,45 @@ pub fn prefilter(model: &Path, root: &Path) -> Result<PathBuf> {
     Ok(real)
 }
 
-/// Loads and runs `request.model` in a child of `executable` (this program) under `limits`.
+/// Loads and runs `request.model` in a child of `executable` (this program) under `limits`; for one model. For
+/// more, a [`Prober`] costs less.
 ///
 /// # Errors
-/// [`crate::ErrorKind::Input`] with the reason when the model is refused, crashes the child, hangs it or
-/// exhausts it; [`crate::ErrorKind::Internal`] when the child cannot be started.
+/// As [`Prober::probe`].
 pub fn probe(
     executable: &Path,
     request: &ProbeRequest,
     limits: &ProbeLimits,
 ) -> Result<ProbeReport> {
-    let text = serde_json::to_string(request)
-        .map_err(|error| Error::internal(format!("cannot write the probe request: `{error}`")))?;
-    let mut command = Command::new(executable);
-    command
-        .args(["--jobs", "1", VERB, &text])
-        .env("ORT_DISABLE_TELEMETRY", "1")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null());
-    limit_child(&mut command, *limits);
-    let started = Instant::now();
-    let wall = Duration::from_secs(limits.wall_s);
-    let mut child = command.spawn().map_err(|error| {
-        Error::internal(format!("cannot start `{}`: {error}", executable.display()))
-    })?;
-    let Some(stdout) = child.stdout.take() else {
-        return Err(Error::internal("the probe's child has no `stdout`"));
-    };
-    // A thread reads, so that neither side waits on a full pipe; it ends when the child does.
-    let (sender, answer) = mpsc::channel();
-    std::thread::spawn(move || {
-        let mut bytes = Vec::new();
-        let _ = stdout.take(ANSWER_LIMIT).read_to_end(&mut bytes);
-        let _ = sender.send(bytes);
-    });
-    let bytes = answer.recv_timeout(wall).ok();
-    let status = loop {
-        match child.try_wait() {
-            Ok(Some(status)) if bytes.is_some() => break Some(status),
-            Ok(None) if bytes.is_some() && started.elapsed() < wall => {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            _ => {
-                let _ = child.kill();
-                let _ = child.wait();
-                break None;
-            }
+    Prober::new(executable, &request.library).probe(&request.model, request.input.clone(), limits)
+}
+
+impl Answer {
+    fn of(result: Result<ProbeReport>) -> Self {
+        let error = match result {
+            Ok(report) => return Self::Report(report),
+            Err(error) => error,
+        };
+        let message = error.to_string();
+        let hint = error.hint_text().map(ToOwned::to_owned);
+        match error.kind() {
+            ErrorKind::Internal => Self::Failed { message, hint },
+            _ => Self::Refused { message, hint },
         }
-    };
-    let Some((status, bytes)) = status.zip(bytes) else {
-        return Err(Error::input(format!(
-            "loading and running the model did not end within `{} s`",
-            limits.wall_s
-        )));
-    };
-    match serde_json::from_slice(&bytes) {
-        Ok(Answer::Report(report)) if status.success() => Ok(report),
-        Ok(Answer::Refused { message, hint }) if status.success() => {
-            Err(hint.into_iter().fold(Error::input(message), Error::hint))
-        }
-        Ok(Answer::Failed { message, hint }) if status.success() => {
-            Err(hint.into_iter().fold(Error::internal(message), Error::hint))
-        }
-        _ => Err(died(status, limits)),
+    }
+
+    fn into_result(self) -> Result<ProbeReport> {
+        let (error, hint) = match self {
+            Self::Report(report) => return Ok(report),
+            Self::Refused { message, hint } => (Error::input(message), hint),
+            Self::Failed { message, hint } => (Error::internal(message), hint),
+        };
+        Err(hint.into_iter().fold(error, Error::hint))
+    }
+
+    fn to_json(&self) -> Result<String> {
+        serde_json::to_string(self)
+            .map_err(|error| Error::internal(format!("cannot write the answer: `{error}`")))
     }
 }
 
@@ -230,30 +214,7 @@ fn died(status: ExitStatus, limits: &ProbeLimits) -> Error {
     }
 }
 
-/// Applies `limits` to the child before it becomes the program.
-fn limit_child(command: &mut Command, limits: ProbeLimits) {
-    let values = [
-        (libc::RLIMIT_AS, limits.memory_bytes, limits.memory_bytes),
-        // The soft limit sends SIGXCPU, the hard one kills a second later.
-        (libc::RLIMIT_CPU, limits.cpu_s, limits.cpu_s + 1),
-        (libc::RLIMIT_CORE, 0, 0),
-        (libc::RLIMIT_FSIZE, 0, 0),
-    ];
-    let apply = move || {
-        for (resource, soft, hard) in values {
-            let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
-            // SAFETY: `limit` is a valid rlimit for the duration of the call.
-            #[allow(unsafe_code)]
-            if unsafe { libc::setrlimit(resource, &raw const limit) } != 0 {
-                return Err(std::io::Error::last_os_error());
-            }
-        }
-        Ok(())
-    };
-    // SAFETY: between fork and exec only async-signal-safe calls are allowed; `apply` calls setrlimit on
-    // values copied beforehand and allocates nothing.
-    #[allow(unsafe_code)]
-    unsafe {
-        command.pre_exec(apply);
-    }
+/// Why there is no answer within the time on the clock.
+fn late(limits: &ProbeLimits) -> Error {
+    Error::input(format!("loading and running the model did not end within `{} s`", limits.wall_s))
 }

@@ -39,6 +39,12 @@ impl Authorization {
         let value = if text.contains(' ') { text.to_owned() } else { format!("Bearer {text}") };
         Ok(Self(value))
     }
+
+    /// `text` without the token, should a server have put it there.
+    fn taken_out_of(&self, text: &str) -> String {
+        let token = self.0.split_once(' ').map_or(self.0.as_str(), |(_, token)| token.trim());
+        text.replace(token, "[token]")
+    }
 }
 
 impl fmt::Debug for Authorization {
@@ -140,7 +146,7 @@ impl Client {
             if let Some(Authorization(value)) = &self.authorization {
                 request = request.header("Authorization", value);
             }
-            read(request.call(), limit)
+            read(request.call(), limit, self.authorization.as_ref())
         })
     }
 
@@ -166,7 +172,7 @@ impl Client {
                     .content_type("application/octet-stream"),
                 None => request.content_type("application/json"),
             };
-            read(request.send(body.bytes.as_slice()), limit)
+            read(request.send(body.bytes.as_slice()), limit, self.authorization.as_ref())
         })
     }
 
@@ -211,14 +217,18 @@ impl Client {
     }
 }
 
-fn read(answer: Result<Response<ureq::Body>, ureq::Error>, limit: u64) -> Result<Body, Failure> {
+fn read(
+    answer: Result<Response<ureq::Body>, ureq::Error>,
+    limit: u64,
+    authorization: Option<&Authorization>,
+) -> Result<Body, Failure> {
     let mut answer = answer.map_err(|error| broken(&error))?;
     let status = answer.status().as_u16();
     if status != 200 {
         let text = answer.body_mut().with_config().limit(ERROR_BYTES).read_to_vec();
         let text = String::from_utf8_lossy(&text.unwrap_or_default()).into_owned();
         return Err(Failure {
-            text: format!("status {status}{}", said(&text)),
+            text: format!("status {status}{}", said(&text, authorization)),
             status: Some(status),
             unsent: false,
             passing: status >= 500,
@@ -238,11 +248,13 @@ fn read(answer: Result<Response<ureq::Body>, ureq::Error>, limit: u64) -> Result
     }
 }
 
-/// The reason a server gives, made fit for one line.
-fn said(text: &str) -> String {
+/// The reason a server gives, made fit for one line; a token that it repeats is taken out.
+fn said(text: &str, authorization: Option<&Authorization>) -> String {
     let json: Option<serde_json::Value> = serde_json::from_str(text).ok();
     let reason = json.as_ref().and_then(|json| json["error"].as_str()).unwrap_or(text);
-    let reason: String = reason.chars().filter(|c| !c.is_control()).take(200).collect();
+    let reason: String = reason.chars().filter(|c| !c.is_control()).collect();
+    let reason = authorization.map_or(reason.clone(), |token| token.taken_out_of(&reason));
+    let reason: String = reason.chars().take(200).collect();
     if reason.trim().is_empty() { String::new() } else { format!(" ({})", reason.trim()) }
 }
 
@@ -298,8 +310,22 @@ mod tests {
 
     #[test]
     fn a_servers_reason_becomes_one_short_line() {
-        assert_eq!(said(r#"{"error":"no\nsuch model"}"#), " (nosuch model)");
-        assert_eq!(said(&"x".repeat(1000)).len(), 203);
-        assert_eq!(said(" \n"), "");
+        assert_eq!(said(r#"{"error":"no\nsuch model"}"#, None), " (nosuch model)");
+        assert_eq!(said(&"x".repeat(1000), None).len(), 203);
+        assert_eq!(said(" \n", None), "");
+    }
+
+    /// Neither whole, nor hidden by a line break, nor cut off in its middle.
+    #[test]
+    fn a_server_that_repeats_the_token_is_not_quoted_with_it() {
+        let token = Authorization::new("hush-hush").unwrap();
+        for text in [
+            r#"{"error":"unknown: Bearer hush-hush"}"#.to_owned(),
+            "hush\n-hush".to_owned(),
+            format!("{}hush-hush", "x".repeat(195)),
+        ] {
+            let shown = said(&text, Some(&token));
+            assert!(!shown.contains("hush") && shown.contains("[tok"), "{shown}");
+        }
     }
 }

@@ -26,9 +26,14 @@ pub(crate) struct InspectArgs {
 pub(crate) fn run(args: &InspectArgs, settings: &Settings, printer: &Printer) -> Result<Outcome> {
     let gradient =
         if args.check_gradient { GradientChecking::Check } else { GradientChecking::Skip };
-    let options =
-        InspectOptions { model: args.model.clone(), gradient, runtime: settings.runtime_options() };
-    let result = inspect(&startup::context(settings, printer)?, &options)?;
+    let context = startup::context(settings, printer)?;
+    let options = InspectOptions {
+        model: args.model.clone(),
+        gradient,
+        runtime: settings.runtime_options(),
+        probe: startup::probe_options(&context),
+    };
+    let result = inspect(&context, &options)?;
     printer.result(&result, table)?;
     Ok(Outcome::Done)
 }

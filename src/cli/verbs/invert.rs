@@ -33,13 +33,15 @@ pub(crate) fn run(args: &InvertArgs, settings: &Settings, printer: &Printer) -> 
     let mut config = RunConfig::default();
     config.recover.images_per_class = args.per_class;
     let config = overrides::resolved(&config, &args.set, settings)?;
+    let context = startup::asking_context(settings, printer)?;
     let options = InvertOptions {
         model: args.model.clone(),
         out: args.out.clone(),
         config,
         runtime: settings.runtime_options(),
+        probe: startup::probe_options(&context),
     };
-    let result = invert(&startup::asking_context(settings, printer)?, &options)?;
+    let result = invert(&context, &options)?;
     printer.result(&result, table)?;
     Ok(Outcome::Done)
 }

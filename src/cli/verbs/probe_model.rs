@@ -11,12 +11,15 @@ use crate::error::Result;
 /// Arguments of `probe-model`.
 #[derive(Debug, Args)]
 pub(crate) struct ProbeModelArgs {
-    /// The request as JSON
-    request: String,
+    /// One request as JSON, answered without limits; without it, jobs are read from stdin, a line each
+    request: Option<String>,
 }
 
-/// Answers the request on stdout.
+/// Answers on stdout.
 pub(crate) fn run(args: &ProbeModelArgs, printer: &Printer) -> Result<Outcome> {
-    printer.data(&child::answer(&args.request)?)?;
+    match &args.request {
+        Some(request) => printer.data(&child::answer(request)?)?,
+        None => child::serve(std::io::stdin().lock(), |line| printer.data(line))?,
+    }
     Ok(Outcome::Done)
 }

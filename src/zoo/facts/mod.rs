@@ -54,12 +54,41 @@ pub fn quantisation(ops: &BTreeMap<String, usize>) -> Quantisation {
     found
 }
 
+/// Whether a graph of these operators rounds its activations, and not its weights alone: a dequantised weight or
+/// `MatMulNBits` leaves the activations in floating point.
+pub fn rounds_activations(ops: &BTreeMap<String, usize>) -> bool {
+    ops.keys().any(|name| {
+        let op = name.rsplit_once('.').map_or(name.as_str(), |(_, op)| op);
+        op.starts_with("QLinear")
+            || op.contains("Integer")
+            || op.starts_with("DynamicQuantize")
+            || op == "QuantizeLinear"
+            || matches!(op, "QGemm" | "QAttention")
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn found(names: &[&str]) -> Quantisation {
         quantisation(&names.iter().map(|n| ((*n).to_owned(), 1)).collect())
+    }
+
+    #[test]
+    fn weights_that_are_dequantised_leave_the_activations_alone() {
+        let rounds = |names: &[&str]| {
+            rounds_activations(&names.iter().map(|n| ((*n).to_owned(), 1)).collect())
+        };
+        for weights_only in ["Conv", "DequantizeLinear", "com.microsoft.MatMulNBits"] {
+            assert!(!rounds(&[weights_only, "Relu"]), "{weights_only}");
+        }
+        for op in ["QuantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "QLinearMatMul"] {
+            assert!(rounds(&["DequantizeLinear", op]), "{op}");
+        }
+        for op in ["QLinearAdd", "QGemm", "MatMulIntegerToFloat", "QuantizeLinear"] {
+            assert!(rounds(&["Relu", &format!("com.microsoft.{op}")]), "{op}");
+        }
     }
 
     #[test]
