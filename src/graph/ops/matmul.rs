@@ -7,9 +7,9 @@ use super::elementwise::{Function, apply};
 use super::{Rule, broadcast_shape};
 use crate::error::{Error, Result};
 use crate::graph::ir::Node;
-use crate::graph::plan::{Lower, Needs, Step, StepState, Target, Value};
+use crate::graph::plan::{Lower, Mode, Needs, Step, StepState, Target, Value};
 use crate::tensor::kernels::Element;
-use crate::tensor::kernels::gemm::{MatrixRef, gemm};
+use crate::tensor::kernels::product::{MatrixRef, Output, Sizes, Threads, product as multiply};
 
 pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
     match op {
@@ -37,8 +37,13 @@ struct MatMul {
     batch_b: Vec<usize>,
 }
 
-/// Rows of a product one task computes.
-const ROWS: usize = 32;
+/// Products of a batch from which on each is one task.
+const MANY: usize = 8;
+
+/// Who computes one product of a batch.
+fn threads(batch: usize) -> Threads {
+    if batch < MANY { Threads::All } else { Threads::One }
+}
 
 impl MatMul {
     fn a<'a, T: Element>(&self, a: &'a [T]) -> MatrixRef<'a, T> {
@@ -69,17 +74,10 @@ impl<T: Element> Step<T> for MatMul {
             return;
         }
         output.par_chunks_mut(product).enumerate().for_each(|(i, y)| {
-            let a = &a[self.batch_a[i] * m * k..][..m * k];
+            let a = self.a(&a[self.batch_a[i] * m * k..][..m * k]);
             let b = self.b(&b[self.batch_b[i] * k * n..][..k * n]);
-            if k == 0 {
-                y.fill(T::ZERO);
-                return;
-            }
-            y.par_chunks_mut(ROWS * n).enumerate().for_each(|(chunk, y)| {
-                let a = self.a(a);
-                let a = MatrixRef { data: &a.data[chunk * ROWS * a.row_stride..], ..a };
-                gemm(y.len() / n, n, k, a, b, y, n, false);
-            });
+            let y = Output { data: y, row_stride: n, accumulate: false };
+            multiply(Sizes { m, n, k }, a, b, y, threads(self.batch_a.len()));
         });
     }
 
@@ -97,31 +95,40 @@ impl<T: Element> Step<T> for MatMul {
         _state: &StepState<T>,
     ) {
         let (m, k, n) = (self.m, self.k, self.n);
-        target.clear_if_fresh();
         let (own, batches) =
             if which == 0 { (m * k, &self.batch_a) } else { (k * n, &self.batch_b) };
         if own == 0 || m * n == 0 {
+            target.clear_if_fresh();
             return;
         }
+        let fresh = target.mode == Mode::Write;
+        let items = target.data.len() / own;
         target.data.par_chunks_mut(own).enumerate().for_each(|(index, d)| {
+            let mut accumulate = !fresh;
             for (i, _) in batches.iter().enumerate().filter(|(_, at)| **at == index) {
                 let dy = MatrixRef::rows(&d_output[i * m * n..][..m * n], n);
                 let transposed = self.layouts[which] == Layout::Transposed;
-                if which == 0 {
+                let (sizes, left, right) = if which == 0 {
                     let b = flipped(self.b(&inputs[1][self.batch_b[i] * k * n..][..k * n]));
                     if transposed {
-                        gemm(k, m, n, flipped(b), flipped(dy), d, m, true);
+                        (Sizes { m: k, n: m, k: n }, flipped(b), flipped(dy))
                     } else {
-                        gemm(m, k, n, dy, b, d, k, true);
+                        (Sizes { m, n: k, k: n }, dy, b)
                     }
                 } else {
                     let a = flipped(self.a(&inputs[0][self.batch_a[i] * m * k..][..m * k]));
                     if transposed {
-                        gemm(n, k, m, flipped(dy), flipped(a), d, k, true);
+                        (Sizes { m: n, n: k, k: m }, flipped(dy), flipped(a))
                     } else {
-                        gemm(k, n, m, a, dy, d, n, true);
+                        (Sizes { m: k, n, k: m }, a, dy)
                     }
-                }
+                };
+                let d = Output { data: &mut *d, row_stride: sizes.n, accumulate };
+                multiply(sizes, left, right, d, threads(items));
+                accumulate = true;
+            }
+            if !accumulate {
+                d.fill(T::ZERO);
             }
         });
     }

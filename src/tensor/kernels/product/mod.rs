@@ -1,0 +1,278 @@
+//! The dense matrix product. In `f32` and on a processor with a matrix unit (AMX, bf16) the unit computes it, three to
+//! six times as fast as vectors do sums of products; else, and for small products, the crate `gemm` does.
+//!
+//! The unit multiplies bf16 only, so each number is split into three of them, exactly, and the six products that count
+//! are added: `a1 b1 + a1 b2 + a2 b1 + a2 b2 + a1 b3 + a3 b1`. What is dropped is below 2^-23 of `|a| |b|` and has no
+//! sign of its own; the sums are of `f32`. Measured against `f64` the error is below that of plain sums in `f32`
+//! (test). Numbers below 2^-126 count as 0, and those below 2^-110 lose digits. An infinite number or NaN makes its row
+//! or column NaN, also where plain sums would give an infinity.
+//!
+//! Blocks of the result are fixed by the sizes alone: the same result for any number of threads.
+
+#![allow(unsafe_code)]
+
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod pack;
+#[cfg(target_arch = "x86_64")]
+mod tiled;
+
+use super::Element;
+pub use super::gemm::MatrixRef;
+use super::gemm::gemm;
+
+/// How a product is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Level {
+    /// The matrix unit, for `f32`; else as [`Level::Vectors`].
+    Tiles,
+    /// The crate `gemm`: AVX-512, AVX2 or neither.
+    Vectors,
+}
+
+impl Level {
+    /// All that this processor has, best first.
+    pub fn all() -> Vec<Self> {
+        #[cfg(target_arch = "x86_64")]
+        if amx::usable() {
+            return vec![Self::Tiles, Self::Vectors];
+        }
+        vec![Self::Vectors]
+    }
+
+    /// The fastest for a product of these sizes: packing pays where each number is used often.
+    pub fn of(Sizes { m, n, k }: Sizes) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if m >= 16 && n >= 16 && k >= 16 && m * n * k >= 1 << 17 && amx::usable() {
+            return Self::Tiles;
+        }
+        let _ = (m, n, k);
+        Self::Vectors
+    }
+}
+
+/// Who does the work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Threads {
+    /// The caller's thread alone: it has split the work.
+    One,
+    /// rayon's.
+    All,
+}
+
+/// Sizes of a product `[m, k] x [k, n]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    /// Rows of the result.
+    pub m: usize,
+    /// Columns of the result.
+    pub n: usize,
+    /// Length of the sums.
+    pub k: usize,
+}
+
+/// Where a product goes: `m` rows of `n`, `row_stride` apart, overwritten or added to.
+#[derive(Debug)]
+pub struct Output<'a, T> {
+    /// Values; those between rows are left alone.
+    pub data: &'a mut [T],
+    /// Distance between rows.
+    pub row_stride: usize,
+    /// Whether to add.
+    pub accumulate: bool,
+}
+
+/// The matrix product `c = a b`, or `c += a b`, at the best level there is.
+///
+/// # Panics
+/// When a slice is too short for the sizes given (a defect of the caller).
+pub fn product<T: Element>(
+    sizes: Sizes,
+    a: MatrixRef<'_, T>,
+    b: MatrixRef<'_, T>,
+    c: Output<'_, T>,
+    threads: Threads,
+) {
+    product_at(Level::of(sizes), sizes, a, b, c, threads);
+}
+
+/// [`product`] at a level that this processor has.
+///
+/// # Panics
+/// As [`product`].
+pub fn product_at<T: Element>(
+    level: Level,
+    sizes: Sizes,
+    a: MatrixRef<'_, T>,
+    b: MatrixRef<'_, T>,
+    c: Output<'_, T>,
+    threads: Threads,
+) {
+    let Sizes { m, n, k } = sizes;
+    #[cfg(target_arch = "x86_64")]
+    if level == Level::Tiles
+        && m >= n
+        && n > 0
+        && k > 0
+        && let (Some(a), Some(b)) = (single(a), single(b))
+        && T::as_f32(c.data).is_some()
+    {
+        // The shorter operand is packed before, the longer by tasks.
+        let (row_stride, accumulate) = (c.row_stride, c.accumulate);
+        if let Some(data) = T::as_f32_mut(c.data) {
+            let (rows, columns) = (pack::Lines::rows(a, m, k), pack::Lines::columns(b, k, n));
+            let c = tiled::Results::new(sizes, data, row_stride, [1, 0], accumulate);
+            tiled::with_packed(&columns, k, threads, |packed| {
+                tiled::multiply(sizes, tiled::Order::RowsInTasks, packed, &rows, c, threads);
+            });
+        }
+        return;
+    }
+    Left::with(level, a, [m, k], threads, |left| left.times(n, b, c, threads));
+}
+
+/// A left operand, packed once for several products.
+#[derive(Debug, Clone, Copy)]
+pub struct Left<'a, T> {
+    matrix: MatrixRef<'a, T>,
+    m: usize,
+    k: usize,
+    /// For the matrix unit.
+    packed: Option<&'a [f32]>,
+}
+
+/// Right operands and results of several products: how many, and the distance from one to the next.
+#[derive(Debug, Clone, Copy)]
+pub struct Each {
+    /// Products.
+    pub items: usize,
+    /// Distance of right operands.
+    pub right: usize,
+    /// Distance of results.
+    pub result: usize,
+}
+
+impl<'a, T: Element> Left<'a, T> {
+    /// Calls `work` with `a` [m, k], packed for `level`.
+    ///
+    /// # Panics
+    /// When the slice is too short for the sizes given (a defect of the caller).
+    pub fn with<R>(
+        level: Level,
+        matrix: MatrixRef<'a, T>,
+        [m, k]: [usize; 2],
+        threads: Threads,
+        work: impl FnOnce(&Left<'_, T>) -> R,
+    ) -> R {
+        #[cfg(target_arch = "x86_64")]
+        if level == Level::Tiles
+            && m > 0
+            && k > 0
+            && let Some(a) = single(matrix)
+        {
+            let rows = pack::Lines::rows(a, m, k);
+            return tiled::with_packed(&rows, k, threads, |packed| {
+                work(&Left { matrix, m, k, packed: Some(packed) })
+            });
+        }
+        let _ = (level, threads);
+        work(&Left { matrix, m, k, packed: None })
+    }
+
+    /// `c (+)= a b` for `b` [k, n].
+    ///
+    /// # Panics
+    /// When a slice is too short for the sizes given (a defect of the caller).
+    pub fn times(&self, n: usize, b: MatrixRef<'_, T>, c: Output<'_, T>, threads: Threads) {
+        self.times_each(Each { items: 1, right: 0, result: 0 }, n, b, c, threads);
+    }
+
+    /// `c[i] (+)= a b[i]` for each item.
+    ///
+    /// # Panics
+    /// When a slice is too short for the sizes given, or results overlap (a defect of the caller).
+    pub fn times_each(
+        &self,
+        each: Each,
+        n: usize,
+        b: MatrixRef<'_, T>,
+        c: Output<'_, T>,
+        threads: Threads,
+    ) {
+        let (m, k) = (self.m, self.k);
+        if m == 0 || n == 0 || each.items == 0 {
+            return;
+        }
+        #[cfg(target_arch = "x86_64")]
+        if let (Some(packed), Some(b)) = (self.packed, single(b))
+            && T::as_f32(c.data).is_some()
+        {
+            let (row_stride, accumulate) = (c.row_stride, c.accumulate);
+            if let Some(data) = T::as_f32_mut(c.data) {
+                let sizes = Sizes { m, n, k };
+                let columns = pack::Lines::columns(b, k, n).of_each(each.items, each.right);
+                let items = [each.items, each.result];
+                let c = tiled::Results::new(sizes, data, row_stride, items, accumulate);
+                let order = tiled::Order::ColumnsInTasks;
+                tiled::multiply(sizes, order, packed, &columns, c, threads);
+            }
+            return;
+        }
+        self.by_vectors(each, n, b, c, threads);
+    }
+
+    fn by_vectors(
+        &self,
+        each: Each,
+        n: usize,
+        b: MatrixRef<'_, T>,
+        c: Output<'_, T>,
+        threads: Threads,
+    ) {
+        use rayon::prelude::*;
+        let (m, k, a) = (self.m, self.k, self.matrix);
+        let Output { data, row_stride, accumulate } = c;
+        let item = |i: usize, c: &mut [T]| {
+            let b = MatrixRef { data: &b.data[(i * each.right).min(b.data.len())..], ..b };
+            if threads == Threads::One || m <= ROWS || each.items > 1 || row_stride < n {
+                gemm(m, n, k, a, b, c, row_stride, accumulate);
+                return;
+            }
+            let used = ((m - 1) * row_stride + n).min(c.len());
+            c[..used].par_chunks_mut(ROWS * row_stride).enumerate().for_each(|(block, c)| {
+                let from = (block * ROWS * a.row_stride).min(a.data.len());
+                let a = MatrixRef { data: &a.data[from..], ..a };
+                gemm(ROWS.min(m - block * ROWS), n, k, a, b, c, row_stride, accumulate);
+            });
+        };
+        if each.items == 1 {
+            item(0, data);
+            return;
+        }
+        match threads {
+            Threads::One => {
+                let chunks = data.chunks_mut(each.result).take(each.items).enumerate();
+                chunks.for_each(|(i, c)| item(i, c));
+            }
+            Threads::All => {
+                data.par_chunks_mut(each.result)
+                    .take(each.items)
+                    .enumerate()
+                    .for_each(|(i, c)| item(i, c));
+            }
+        }
+    }
+}
+
+/// Rows that one task of the crate's computes.
+const ROWS: usize = 64;
+
+/// The matrix, where it is of `f32`.
+fn single<T: Element>(m: MatrixRef<'_, T>) -> Option<MatrixRef<'_, f32>> {
+    let MatrixRef { data, row_stride, column_stride } = m;
+    T::as_f32(data).map(|data| MatrixRef { data, row_stride, column_stride })
+}
+
+#[cfg(test)]
+mod tests;
