@@ -235,8 +235,10 @@ impl<T: Element> Step<T> for BinaryStep {
     ) {
         if matches!(self.spreads[which], Spread::Same) {
             match (self.function, which) {
-                (Binary::Add, _) | (Binary::Sub, 0) => return target.put_map(d_output, |g| g),
-                (Binary::Sub, _) => return target.put_map(d_output, |g| -g),
+                (Binary::Add, _) | (Binary::Sub, 0) => {
+                    return target.put_map_parallel(d_output, |g| g);
+                }
+                (Binary::Sub, _) => return target.put_map_parallel(d_output, |g| -g),
                 _ => {}
             }
         }

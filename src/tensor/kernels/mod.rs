@@ -14,6 +14,7 @@ pub mod gemm;
 pub mod map;
 pub mod norm_pool;
 mod patches;
+mod pointwise;
 pub mod product;
 pub mod row;
 pub mod scratch;

@@ -109,37 +109,8 @@ pub fn product_at<T: Element>(
     c: Output<'_, T>,
     threads: Threads,
 ) {
-    let Sizes { m, n, k } = sizes;
-    #[cfg(target_arch = "x86_64")]
-    if level == Level::Tiles
-        && m >= n
-        && n > 0
-        && k > 0
-        && let (Some(a), Some(b)) = (single(a), single(b))
-        && T::as_f32(c.data).is_some()
-    {
-        // The shorter operand is packed before, the longer by tasks.
-        let (row_stride, accumulate) = (c.row_stride, c.accumulate);
-        if let Some(data) = T::as_f32_mut(c.data) {
-            let (rows, columns) = (pack::Lines::rows(a, m, k), pack::Lines::columns(b, k, n));
-            let c = tiled::Results::new(sizes, data, row_stride, [1, 0], accumulate);
-            tiled::with_packed(&columns, k, threads, |packed| {
-                tiled::multiply(sizes, tiled::Order::RowsInTasks, packed, &rows, c, threads);
-            });
-        }
-        return;
-    }
-    Left::with(level, a, [m, k], threads, |left| left.times(n, b, c, threads));
-}
-
-/// A left operand, packed once for several products.
-#[derive(Debug, Clone, Copy)]
-pub struct Left<'a, T> {
-    matrix: MatrixRef<'a, T>,
-    m: usize,
-    k: usize,
-    /// For the matrix unit.
-    packed: Option<&'a [f32]>,
+    let each = Each { items: 1, right: 0, result: 0 };
+    product_of_each(level, sizes, a, (b, each), c, threads);
 }
 
 /// Right operands and results of several products: how many, and the distance from one to the next.
@@ -153,8 +124,62 @@ pub struct Each {
     pub result: usize,
 }
 
+/// `c[i] (+)= a b[i]` for each item: one left operand times several right ones, of `sizes` each.
+///
+/// # Panics
+/// When a slice is too short for the sizes given, or results overlap (a defect of the caller).
+pub fn product_of_each<T: Element>(
+    level: Level,
+    sizes: Sizes,
+    a: MatrixRef<'_, T>,
+    (b, each): (MatrixRef<'_, T>, Each),
+    c: Output<'_, T>,
+    threads: Threads,
+) {
+    let Sizes { m, n, k } = sizes;
+    if m == 0 || n == 0 || each.items == 0 {
+        return;
+    }
+    #[cfg(target_arch = "x86_64")]
+    if level == Level::Tiles
+        && k > 0
+        && let (Some(a), Some(b)) = (single(a), single(b))
+        && T::as_f32(c.data).is_some()
+    {
+        use tiled::Order::{ColumnsInTasks, RowsInTasks};
+        let (row_stride, accumulate) = (c.row_stride, c.accumulate);
+        let Some(data) = T::as_f32_mut(c.data) else { return };
+        let items = [each.items, each.result];
+        let c = tiled::Results::new(sizes, data, row_stride, items, accumulate);
+        let rows = pack::Lines::rows(a, m, k);
+        let columns = pack::Lines::columns(b, k, n).of_each(each.items, each.right);
+        // The shorter operand is packed before, the longer by tasks.
+        let (order, shorter, longer) = if m >= n * each.items {
+            (RowsInTasks, &columns, &rows)
+        } else {
+            (ColumnsInTasks, &rows, &columns)
+        };
+        tiled::with_packed(shorter, k, threads, |packed| {
+            tiled::multiply(sizes, order, packed, longer, c, threads);
+        });
+        return;
+    }
+    let _ = level;
+    by_vectors(sizes, a, (b, each), c, threads);
+}
+
+/// A left operand, packed once for several products.
+#[derive(Debug, Clone, Copy)]
+pub struct Left<'a, T> {
+    matrix: MatrixRef<'a, T>,
+    m: usize,
+    k: usize,
+    /// For the matrix unit.
+    packed: Option<&'a [f32]>,
+}
+
 impl<'a, T: Element> Left<'a, T> {
-    /// Calls `work` with `a` [m, k], packed for `level`.
+    /// Calls `work` with `matrix` [m, k], packed for `level`.
     ///
     /// # Panics
     /// When the slice is too short for the sizes given (a defect of the caller).
@@ -162,7 +187,6 @@ impl<'a, T: Element> Left<'a, T> {
         level: Level,
         matrix: MatrixRef<'a, T>,
         [m, k]: [usize; 2],
-        threads: Threads,
         work: impl FnOnce(&Left<'_, T>) -> R,
     ) -> R {
         #[cfg(target_arch = "x86_64")]
@@ -171,98 +195,76 @@ impl<'a, T: Element> Left<'a, T> {
             && k > 0
             && let Some(a) = single(matrix)
         {
-            let rows = pack::Lines::rows(a, m, k);
-            return tiled::with_packed(&rows, k, threads, |packed| {
+            return tiled::with_packed(&pack::Lines::rows(a, m, k), k, Threads::All, |packed| {
                 work(&Left { matrix, m, k, packed: Some(packed) })
             });
         }
-        let _ = (level, threads);
+        let _ = level;
         work(&Left { matrix, m, k, packed: None })
     }
 
-    /// `c (+)= a b` for `b` [k, n].
+    /// `c (+)= a b` for `b` [k, n], on this thread.
     ///
     /// # Panics
     /// When a slice is too short for the sizes given (a defect of the caller).
-    pub fn times(&self, n: usize, b: MatrixRef<'_, T>, c: Output<'_, T>, threads: Threads) {
-        self.times_each(Each { items: 1, right: 0, result: 0 }, n, b, c, threads);
-    }
-
-    /// `c[i] (+)= a b[i]` for each item.
-    ///
-    /// # Panics
-    /// When a slice is too short for the sizes given, or results overlap (a defect of the caller).
-    pub fn times_each(
-        &self,
-        each: Each,
-        n: usize,
-        b: MatrixRef<'_, T>,
-        c: Output<'_, T>,
-        threads: Threads,
-    ) {
+    pub fn times(&self, n: usize, b: MatrixRef<'_, T>, c: Output<'_, T>) {
+        let Output { data, row_stride, accumulate } = c;
         let (m, k) = (self.m, self.k);
-        if m == 0 || n == 0 || each.items == 0 {
-            return;
-        }
         #[cfg(target_arch = "x86_64")]
         if let (Some(packed), Some(b)) = (self.packed, single(b))
-            && T::as_f32(c.data).is_some()
+            && m > 0
+            && n > 0
         {
-            let (row_stride, accumulate) = (c.row_stride, c.accumulate);
-            if let Some(data) = T::as_f32_mut(c.data) {
+            if let Some(data) = T::as_f32_mut(data) {
                 let sizes = Sizes { m, n, k };
-                let columns = pack::Lines::columns(b, k, n).of_each(each.items, each.right);
-                let items = [each.items, each.result];
-                let c = tiled::Results::new(sizes, data, row_stride, items, accumulate);
+                let columns = pack::Lines::columns(b, k, n);
+                let c = tiled::Results::new(sizes, data, row_stride, [1, 0], accumulate);
                 let order = tiled::Order::ColumnsInTasks;
-                tiled::multiply(sizes, order, packed, &columns, c, threads);
+                tiled::multiply(sizes, order, packed, &columns, c, Threads::One);
             }
             return;
         }
-        self.by_vectors(each, n, b, c, threads);
+        gemm(m, n, k, self.matrix, b, data, row_stride, accumulate);
     }
+}
 
-    fn by_vectors(
-        &self,
-        each: Each,
-        n: usize,
-        b: MatrixRef<'_, T>,
-        c: Output<'_, T>,
-        threads: Threads,
-    ) {
-        use rayon::prelude::*;
-        let (m, k, a) = (self.m, self.k, self.matrix);
-        let Output { data, row_stride, accumulate } = c;
-        let item = |i: usize, c: &mut [T]| {
-            let b = MatrixRef { data: &b.data[(i * each.right).min(b.data.len())..], ..b };
-            if threads == Threads::One || m <= ROWS || each.items > 1 || row_stride < n {
-                gemm(m, n, k, a, b, c, row_stride, accumulate);
-                return;
-            }
-            let used = ((m - 1) * row_stride + n).min(c.len());
-            c[..used].par_chunks_mut(ROWS * row_stride).enumerate().for_each(|(block, c)| {
-                let from = (block * ROWS * a.row_stride).min(a.data.len());
-                let a = MatrixRef { data: &a.data[from..], ..a };
-                gemm(ROWS.min(m - block * ROWS), n, k, a, b, c, row_stride, accumulate);
-            });
-        };
-        if each.items == 1 {
-            item(0, data);
-            return;
-        }
+/// Products by the crate: each by tasks of rows where there is one, an item a task where there are many.
+fn by_vectors<T: Element>(
+    Sizes { m, n, k }: Sizes,
+    a: MatrixRef<'_, T>,
+    (b, each): (MatrixRef<'_, T>, Each),
+    c: Output<'_, T>,
+    threads: Threads,
+) {
+    use rayon::prelude::*;
+    let Output { data, row_stride, accumulate } = c;
+    let item = |(i, c): (usize, &mut [T])| {
+        let b = MatrixRef { data: &b.data[(i * each.right).min(b.data.len())..], ..b };
+        gemm(m, n, k, a, b, c, row_stride, accumulate);
+    };
+    if each.items > 1 {
+        assert!(each.result > 0, "product: outputs overlap");
         match threads {
             Threads::One => {
-                let chunks = data.chunks_mut(each.result).take(each.items).enumerate();
-                chunks.for_each(|(i, c)| item(i, c));
+                data.chunks_mut(each.result).take(each.items).enumerate().for_each(item);
             }
             Threads::All => {
-                data.par_chunks_mut(each.result)
-                    .take(each.items)
-                    .enumerate()
-                    .for_each(|(i, c)| item(i, c));
+                data.par_chunks_mut(each.result).take(each.items).enumerate().for_each(item);
             }
         }
+        return;
     }
+    if threads == Threads::One || m <= ROWS || row_stride < n {
+        item((0, data));
+        return;
+    }
+    let used = (m - 1) * row_stride + n;
+    assert!(used <= data.len(), "product: output too short");
+    data[..used].par_chunks_mut(ROWS * row_stride).enumerate().for_each(|(block, c)| {
+        let from = (block * ROWS * a.row_stride).min(a.data.len());
+        let a = MatrixRef { data: &a.data[from..], ..a };
+        gemm(ROWS.min(m - block * ROWS), n, k, a, b, c, row_stride, accumulate);
+    });
 }
 
 /// Rows that one task of the crate's computes.
