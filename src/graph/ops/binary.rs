@@ -75,6 +75,17 @@ pub(super) struct BinaryStep {
     spreads: [Spread; 2],
 }
 
+impl BinaryStep {
+    /// Of an addition of one value a column to each row of an operand: which operand the rows are.
+    pub(super) fn rows_plus_row(&self) -> Option<usize> {
+        match (&self.function, &self.spreads) {
+            (Binary::Add, [Spread::Same, Spread::Channel { inner: 1, .. }]) => Some(0),
+            (Binary::Add, [Spread::Channel { inner: 1, .. }, Spread::Same]) => Some(1),
+            _ => None,
+        }
+    }
+}
+
 /// What lies beside a stretch of an operand that has the output's shape.
 enum Beside<'a, T> {
     /// As many values.

@@ -1,5 +1,7 @@
 //! Matrix products: MatMul with batch broadcasting, Gemm. Either side may be live.
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use super::binary::{Binary, emit};
@@ -9,7 +11,9 @@ use crate::error::{Error, Result};
 use crate::graph::ir::Node;
 use crate::graph::plan::{Lower, Mode, Needs, Step, StepState, Target, Value};
 use crate::tensor::kernels::Element;
-use crate::tensor::kernels::product::{MatrixRef, Output, Sizes, Threads, product as multiply};
+use crate::tensor::kernels::product::{
+    MatrixRef, Output, Sizes, Start, Threads, product as multiply,
+};
 
 pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
     match op {
@@ -27,14 +31,16 @@ enum Layout {
 }
 
 /// A batch of products `y[i] = a[batch_a[i]] b[batch_b[i]]`.
-#[derive(Debug)]
-struct MatMul {
+#[derive(Debug, Clone)]
+pub(super) struct MatMul<T> {
     m: usize,
     k: usize,
     n: usize,
     layouts: [Layout; 2],
     batch_a: Vec<usize>,
     batch_b: Vec<usize>,
+    /// One value a column, added to each row.
+    bias: Option<Arc<Vec<T>>>,
 }
 
 /// Products of a batch from which on each is one task.
@@ -45,15 +51,21 @@ fn threads(batch: usize) -> Threads {
     if batch < MANY { Threads::All } else { Threads::One }
 }
 
-impl MatMul {
-    fn a<'a, T: Element>(&self, a: &'a [T]) -> MatrixRef<'a, T> {
+impl<T: Element> MatMul<T> {
+    /// With a constant row added to each row of the result, if it has none yet and `bias` is as long as one.
+    pub(super) fn with_bias(&self, bias: &Arc<Vec<T>>) -> Option<Self> {
+        let fits = self.bias.is_none() && bias.len() == self.n;
+        fits.then(|| Self { bias: Some(Arc::clone(bias)), ..self.clone() })
+    }
+
+    fn a<'a>(&self, a: &'a [T]) -> MatrixRef<'a, T> {
         match self.layouts[0] {
             Layout::Plain => MatrixRef::rows(a, self.k),
             Layout::Transposed => MatrixRef::transposed(a, self.m),
         }
     }
 
-    fn b<'a, T: Element>(&self, b: &'a [T]) -> MatrixRef<'a, T> {
+    fn b<'a>(&self, b: &'a [T]) -> MatrixRef<'a, T> {
         match self.layouts[1] {
             Layout::Plain => MatrixRef::rows(b, self.n),
             Layout::Transposed => MatrixRef::transposed(b, self.k),
@@ -65,7 +77,11 @@ fn flipped<T: Copy>(m: MatrixRef<'_, T>) -> MatrixRef<'_, T> {
     MatrixRef { data: m.data, row_stride: m.column_stride, column_stride: m.row_stride }
 }
 
-impl<T: Element> Step<T> for MatMul {
+impl<T: Element> Step<T> for MatMul<T> {
+    fn as_any(&self) -> Option<&dyn std::any::Any> {
+        Some(self)
+    }
+
     fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
         let (m, k, n) = (self.m, self.k, self.n);
         let (a, b) = (inputs[0], inputs[1]);
@@ -76,7 +92,8 @@ impl<T: Element> Step<T> for MatMul {
         output.par_chunks_mut(product).enumerate().for_each(|(i, y)| {
             let a = self.a(&a[self.batch_a[i] * m * k..][..m * k]);
             let b = self.b(&b[self.batch_b[i] * k * n..][..k * n]);
-            let y = Output { data: y, row_stride: n, accumulate: false };
+            let start = self.bias.as_ref().map_or(Start::Nothing, |bias| Start::Row(bias));
+            let y = Output { data: y, row_stride: n, start };
             multiply(Sizes { m, n, k }, a, b, y, threads(self.batch_a.len()));
         });
     }
@@ -123,7 +140,8 @@ impl<T: Element> Step<T> for MatMul {
                         (Sizes { m: k, n, k: m }, a, dy)
                     }
                 };
-                let d = Output { data: &mut *d, row_stride: sizes.n, accumulate };
+                let start = if accumulate { Start::Result } else { Start::Nothing };
+                let d = Output { data: &mut *d, row_stride: sizes.n, start };
                 multiply(sizes, left, right, d, threads(items));
                 accumulate = true;
             }
@@ -172,7 +190,7 @@ pub(super) fn product<T: Element>(lower: &mut Lower<'_, T>, a: &Value, b: &Value
     } else {
         shape.extend([m, n]);
     }
-    let step = MatMul { m, k, n, layouts: [Layout::Plain; 2], batch_a, batch_b };
+    let step = MatMul { m, k, n, layouts: [Layout::Plain; 2], batch_a, batch_b, bias: None };
     if a_vector {
         shape.remove(shape.len() - 2);
     }
@@ -215,7 +233,7 @@ pub(super) fn emit_gemm<T: Element>(lower: &mut Lower<'_, T>, node: &Node) -> Re
             b.shape()
         )));
     }
-    let step = MatMul { m, k, n, layouts, batch_a: vec![0], batch_b: vec![0] };
+    let step = MatMul { m, k, n, layouts, batch_a: vec![0], batch_b: vec![0], bias: None };
     let mut y = lower.emit(Box::new(step), &[a, b], vec![m, n]);
     let (alpha, beta) = (f64::from(node.float("alpha", 1.0)?), f64::from(node.float("beta", 1.0)?));
     if alpha != 1.0 {

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::gemm::{MatrixRef, gemm};
 use super::patches::{RowRun, col2im, im2col, rows_per_tile, tiles};
-use super::product::{self, Left, Output, Sizes};
+use super::product::{self, Left, Output, Sizes, Start};
 use super::vector::Level;
 use super::winograd::Filters;
 use super::{Element, scratch};
@@ -206,7 +206,7 @@ fn forward_images<T: Element>(
                 if g.groups == 1 {
                     left.times(n, b, c);
                 } else {
-                    gemm(out_group, n, patch, w, b, c.data, c.row_stride, c.accumulate);
+                    gemm(out_group, n, patch, w, b, c.data, c.row_stride, c.start == Start::Result);
                 }
             };
             if direct {
@@ -217,7 +217,7 @@ fn forward_images<T: Element>(
                     let n = run.count * width;
                     let b = MatrixRef::rows(&x[from..from + (in_group - 1) * plane + n], plane);
                     let data = &mut y[to..];
-                    times(n, b, Output { data, row_stride: plane, accumulate: true });
+                    times(n, b, Output { data, row_stride: plane, start: Start::Result });
                 }
                 continue;
             }
@@ -229,11 +229,15 @@ fn forward_images<T: Element>(
                         + group * out_group * plane
                         + run.first * width;
                     let data = &mut y[to..];
-                    times(columns, b, Output { data, row_stride: plane, accumulate: true });
+                    times(columns, b, Output { data, row_stride: plane, start: Start::Result });
                 } else {
                     scratch::with(out_group * columns, |product: &mut [T]| {
                         let data = &mut *product;
-                        times(columns, b, Output { data, row_stride: columns, accumulate: false });
+                        times(
+                            columns,
+                            b,
+                            Output { data, row_stride: columns, start: Start::Nothing },
+                        );
                         for (i, run) in tile.iter().enumerate() {
                             for channel in 0..out_group {
                                 let from = channel * columns + i * plane;
@@ -379,7 +383,7 @@ fn input_gradient_by_patches<T: Element>(
                     let w = MatrixRef::transposed(w, patch);
                     if g.groups == 1 {
                         let data = &mut *col;
-                        let c = Output { data, row_stride: columns, accumulate: false };
+                        let c = Output { data, row_stride: columns, start: Start::Nothing };
                         left.times(columns, dy, c);
                     } else {
                         gemm(patch, columns, out_group, w, dy, col, columns, false);

@@ -19,6 +19,7 @@ pub mod product;
 pub mod row;
 pub mod scratch;
 pub mod special;
+pub mod turn;
 mod vector;
 mod winograd;
 

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::Element;
 use super::conv::Conv2dGeometry;
-use super::product::{Each, Level, MatrixRef, Output, Sizes, Threads, product_of_each};
+use super::product::{Each, Level, MatrixRef, Output, Sizes, Start, Threads, product_of_each};
 
 /// Whether this is such a convolution, and large enough for the matrix unit.
 pub(super) fn serves(g: &Conv2dGeometry) -> bool {
@@ -23,6 +23,7 @@ pub(super) fn forward<T: Element>(
     y: &mut [T],
 ) {
     let plane = g.input[0] * g.input[1];
+    let start = if bias.is_some() { Start::Result } else { Start::Nothing };
     if let Some(bias) = bias {
         y.par_chunks_mut(plane).enumerate().for_each(|(i, y)| y.fill(bias[i % g.out_channels]));
     }
@@ -31,7 +32,7 @@ pub(super) fn forward<T: Element>(
         let each = Each { items: g.batch, right: g.input_stride(), result: g.output_stride() };
         let x = MatrixRef::rows(&x[group * depth * plane..], plane);
         let data = &mut y[group * rows * plane..];
-        let y = Output { data, row_stride: plane, accumulate: bias.is_some() };
+        let y = Output { data, row_stride: plane, start };
         let sizes = Sizes { m: rows, n: plane, k: depth };
         let w = MatrixRef::rows(w, depth);
         product_of_each(Level::Tiles, sizes, w, (x, each), y, Threads::All);
@@ -47,12 +48,13 @@ pub(super) fn input_gradient<T: Element>(
     accumulate: bool,
 ) {
     let plane = g.input[0] * g.input[1];
+    let start = if accumulate { Start::Result } else { Start::Nothing };
     let [rows, depth] = [g.in_channels / g.groups, g.out_channels / g.groups];
     for (group, w) in w.chunks_exact(rows * depth).enumerate() {
         let each = Each { items: g.batch, right: g.output_stride(), result: g.input_stride() };
         let dy = MatrixRef::rows(&dy[group * depth * plane..], plane);
         let data = &mut dx[group * rows * plane..];
-        let dx = Output { data, row_stride: plane, accumulate };
+        let dx = Output { data, row_stride: plane, start };
         let sizes = Sizes { m: rows, n: plane, k: depth };
         let w = MatrixRef::transposed(w, rows);
         product_of_each(Level::Tiles, sizes, w, (dy, each), dx, Threads::All);

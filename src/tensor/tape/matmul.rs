@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::value::{Float, by_dtype, from_vec};
 use super::{Rule, Step, Var};
 use crate::error::{Error, Result};
-use crate::tensor::kernels::product::{self, MatrixRef, Output, Sizes, Threads};
+use crate::tensor::kernels::product::{self, MatrixRef, Output, Sizes, Start, Threads};
 
 /// Products of a batch from which on each is one task.
 const MANY: usize = 8;
@@ -82,7 +82,7 @@ fn product<T: Float>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
         };
         let threads = if batch < MANY { Threads::All } else { Threads::One };
         c.par_chunks_mut(m * n).enumerate().for_each(|(item, c)| {
-            let c = Output { data: c, row_stride: n, accumulate: false };
+            let c = Output { data: c, row_stride: n, start: Start::Nothing };
             product::product(Sizes { m, n, k }, at(item), bt(item), c, threads);
         });
     }

@@ -75,10 +75,11 @@ impl Tiles {
     }
 
     /// A square of 2x2 tiles: `c (+)= a b` over `blocks` blocks of depth. `a` and `b` are packed panels
-    /// (see [`super::pack`]); `c` is 32x32 with rows `c_stride` floats apart.
+    /// (see [`super::pack`]); `c` is 32x32 with rows `c_stride` floats apart. It starts from `start`, where there
+    /// is one: 32x32 too, with its own distance between rows (0: one row for all).
     ///
     /// # Safety
-    /// The panels hold `blocks` blocks from there on, `c` its 32 rows.
+    /// The panels hold `blocks` blocks from there on, `c` and `start` their 32 rows.
     #[inline(always)]
     pub(super) unsafe fn square(
         &self,
@@ -87,18 +88,19 @@ impl Tiles {
         blocks: usize,
         c: *mut f32,
         c_stride: usize,
-        accumulate: bool,
+        start: Option<(*const f32, usize)>,
     ) {
+        let (from, from_stride) = start.unwrap_or((c, c_stride));
         // SAFETY: the caller's duty; the registers are configured while `self` lives.
         unsafe {
             // Six products a block; 14 loads for 24 instructions, each some instructions ahead of its use.
             std::arch::asm!(
                 "test {add:e}, {add:e}",
                 "jz 2f",
-                "tileloadd tmm0, [{c0} + {cs}*4]",
-                "tileloadd tmm1, [{c0} + {cs}*4 + 64]",
-                "tileloadd tmm2, [{c1} + {cs}*4]",
-                "tileloadd tmm3, [{c1} + {cs}*4 + 64]",
+                "tileloadd tmm0, [{f0} + {fs}*4]",
+                "tileloadd tmm1, [{f0} + {fs}*4 + 64]",
+                "tileloadd tmm2, [{f1} + {fs}*4]",
+                "tileloadd tmm3, [{f1} + {fs}*4 + 64]",
                 "jmp 3f",
                 "2:",
                 "tilezero tmm0",
@@ -159,7 +161,10 @@ impl Tiles {
                 "tilestored [{c1} + {cs}*4], tmm2",
                 "tilestored [{c1} + {cs}*4 + 64], tmm3",
                 step = const 4 * BLOCK,
-                add = in(reg) u32::from(accumulate),
+                add = in(reg) u32::from(start.is_some()),
+                f0 = in(reg) from,
+                f1 = in(reg) from.add(16 * from_stride),
+                fs = in(reg) from_stride,
                 a = inout(reg) a => _,
                 b = inout(reg) b => _,
                 blocks = inout(reg) blocks => _,

@@ -72,15 +72,37 @@ pub struct Sizes {
     pub k: usize,
 }
 
-/// Where a product goes: `m` rows of `n`, `row_stride` apart, overwritten or added to.
+/// Where a product goes: `m` rows of `n`, `row_stride` apart.
 #[derive(Debug)]
 pub struct Output<'a, T> {
     /// Values; those between rows are left alone.
     pub data: &'a mut [T],
     /// Distance between rows.
     pub row_stride: usize,
-    /// Whether to add.
-    pub accumulate: bool,
+    /// What the product is added to.
+    pub start: Start<'a, T>,
+}
+
+/// What a product is added to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Start<'a, T> {
+    /// Nothing: the result is overwritten.
+    Nothing,
+    /// The values there.
+    Result,
+    /// `n` values, the same for each row: a bias.
+    Row(&'a [T]),
+}
+
+impl<'a, T: Element> Start<'a, T> {
+    /// In `f32`.
+    fn single(self) -> Start<'a, f32> {
+        match self {
+            Self::Nothing => Start::Nothing,
+            Self::Result => Start::Result,
+            Self::Row(row) => T::as_f32(row).map_or(Start::Nothing, Start::Row),
+        }
+    }
 }
 
 /// The matrix product `c = a b`, or `c += a b`, at the best level there is.
@@ -147,10 +169,10 @@ pub fn product_of_each<T: Element>(
         && T::as_f32(c.data).is_some()
     {
         use tiled::Order::{ColumnsInTasks, RowsInTasks};
-        let (row_stride, accumulate) = (c.row_stride, c.accumulate);
+        let (row_stride, start) = (c.row_stride, c.start.single());
         let Some(data) = T::as_f32_mut(c.data) else { return };
         let items = [each.items, each.result];
-        let c = tiled::Results::new(sizes, data, row_stride, items, accumulate);
+        let c = tiled::Results::new(sizes, data, row_stride, items, start);
         let rows = pack::Lines::rows(a, m, k);
         let columns = pack::Lines::columns(b, k, n).of_each(each.items, each.right);
         // The shorter operand is packed before, the longer by tasks.
@@ -208,7 +230,7 @@ impl<'a, T: Element> Left<'a, T> {
     /// # Panics
     /// When a slice is too short for the sizes given (a defect of the caller).
     pub fn times(&self, n: usize, b: MatrixRef<'_, T>, c: Output<'_, T>) {
-        let Output { data, row_stride, accumulate } = c;
+        let Output { data, row_stride, start } = c;
         let (m, k) = (self.m, self.k);
         #[cfg(target_arch = "x86_64")]
         if let (Some(packed), Some(b)) = (self.packed, single(b))
@@ -218,14 +240,30 @@ impl<'a, T: Element> Left<'a, T> {
             if let Some(data) = T::as_f32_mut(data) {
                 let sizes = Sizes { m, n, k };
                 let columns = pack::Lines::columns(b, k, n);
-                let c = tiled::Results::new(sizes, data, row_stride, [1, 0], accumulate);
+                let c = tiled::Results::new(sizes, data, row_stride, [1, 0], start.single());
                 let order = tiled::Order::ColumnsInTasks;
                 tiled::multiply(sizes, order, packed, &columns, c, Threads::One);
             }
             return;
         }
-        gemm(m, n, k, self.matrix, b, data, row_stride, accumulate);
+        plain(Sizes { m, n, k }, self.matrix, b, Output { data, row_stride, start });
     }
+}
+
+/// The crate's product.
+fn plain<T: Element>(
+    Sizes { m, n, k }: Sizes,
+    a: MatrixRef<'_, T>,
+    b: MatrixRef<'_, T>,
+    c: Output<'_, T>,
+) {
+    if let Start::Row(row) = c.start {
+        c.data
+            .chunks_mut(c.row_stride.max(1))
+            .take(m)
+            .for_each(|c| c[..n].copy_from_slice(&row[..n]));
+    }
+    gemm(m, n, k, a, b, c.data, c.row_stride, c.start != Start::Nothing);
 }
 
 /// Products by the crate: each by tasks of rows where there is one, an item a task where there are many.
@@ -237,10 +275,10 @@ fn by_vectors<T: Element>(
     threads: Threads,
 ) {
     use rayon::prelude::*;
-    let Output { data, row_stride, accumulate } = c;
-    let item = |(i, c): (usize, &mut [T])| {
+    let Output { data, row_stride, start } = c;
+    let item = |(i, data): (usize, &mut [T])| {
         let b = MatrixRef { data: &b.data[(i * each.right).min(b.data.len())..], ..b };
-        gemm(m, n, k, a, b, c, row_stride, accumulate);
+        plain(Sizes { m, n, k }, a, b, Output { data, row_stride, start });
     };
     if each.items > 1 {
         assert!(each.result > 0, "product: outputs overlap");
@@ -260,10 +298,11 @@ fn by_vectors<T: Element>(
     }
     let used = (m - 1) * row_stride + n;
     assert!(used <= data.len(), "product: output too short");
-    data[..used].par_chunks_mut(ROWS * row_stride).enumerate().for_each(|(block, c)| {
+    data[..used].par_chunks_mut(ROWS * row_stride).enumerate().for_each(|(block, data)| {
         let from = (block * ROWS * a.row_stride).min(a.data.len());
         let a = MatrixRef { data: &a.data[from..], ..a };
-        gemm(ROWS.min(m - block * ROWS), n, k, a, b, c, row_stride, accumulate);
+        let sizes = Sizes { m: ROWS.min(m - block * ROWS), n, k };
+        plain(sizes, a, b, Output { data, row_stride, start });
     });
 }
 

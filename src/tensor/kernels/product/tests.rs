@@ -79,7 +79,7 @@ fn plain(Sizes { m, n, k }: Sizes, a: &[f32], b: &[f32]) -> Vec<f32> {
 }
 
 fn rows(n: usize, data: &mut [f32]) -> Output<'_, f32> {
-    Output { data, row_stride: n, accumulate: false }
+    Output { data, row_stride: n, start: Start::Nothing }
 }
 
 #[test]
@@ -96,14 +96,19 @@ fn any_size_stride_and_level_gives_the_product_and_leaves_the_rest_alone() {
                 let mut wanted = exact(sizes, &a, &b);
                 let row_stride = n + case % 2 * 5;
                 let before = normals("c", (m - 1) * row_stride + n);
-                for accumulate in [false, true] {
+                let bias = normals("bias", n);
+                let product = wanted.clone();
+                for start in [Start::Nothing, Start::Result, Start::Row(&bias)] {
                     let mut data = before.clone();
-                    if accumulate {
-                        for (i, wanted) in wanted.iter_mut().enumerate() {
-                            *wanted += f64::from(before[i / n * row_stride + i % n]);
-                        }
+                    for (i, wanted) in wanted.iter_mut().enumerate() {
+                        let plus = match start {
+                            Start::Nothing => 0.0,
+                            Start::Result => before[i / n * row_stride + i % n],
+                            Start::Row(bias) => bias[i % n],
+                        };
+                        *wanted = product[i] + f64::from(plus);
                     }
-                    let c = Output { data: &mut data, row_stride, accumulate };
+                    let c = Output { data: &mut data, row_stride, start };
                     product_at(level, sizes, a_laid.view(), b_laid.view(), c, Threads::All);
                     let found: Vec<f32> =
                         data.chunks(row_stride).flat_map(|row| &row[..n]).copied().collect();

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::super::scratch;
 use super::amx::Tiles;
 use super::pack::{BLOCK, DEPTH, LINES, Lines, Part};
-use super::{Sizes, Threads};
+use super::{Sizes, Start, Threads};
 
 /// Panels of one task.
 const TASK_PANELS: usize = 4;
@@ -24,7 +24,17 @@ pub(super) struct Results {
     data: *mut f32,
     row_stride: usize,
     item_stride: usize,
-    accumulate: bool,
+    start: From,
+}
+
+/// What a block of the result starts from.
+#[derive(Clone, Copy)]
+enum From {
+    Nothing,
+    /// What is there.
+    Result,
+    /// A row for all rows, as long as they.
+    Row(*const f32),
 }
 
 // SAFETY: tasks write disjoint blocks (`multiply`).
@@ -42,13 +52,21 @@ impl Results {
         data: &mut [f32],
         row_stride: usize,
         [items, item_stride]: [usize; 2],
-        accumulate: bool,
+        start: Start<'_, f32>,
     ) -> Self {
         let one = (m - 1) * row_stride + n;
         assert!((items - 1) * item_stride + one <= data.len(), "product: output too short");
         assert!(row_stride >= n || m == 1, "product: rows of the output overlap");
         assert!(item_stride >= one || items == 1, "product: outputs overlap");
-        Self { data: data.as_mut_ptr(), row_stride, item_stride, accumulate }
+        let start = match start {
+            Start::Nothing => From::Nothing,
+            Start::Result => From::Result,
+            Start::Row(row) => {
+                assert!(row.len() >= n, "product: row too short");
+                From::Row(row.as_ptr())
+            }
+        };
+        Self { data: data.as_mut_ptr(), row_stride, item_stride, start }
     }
 }
 
@@ -147,7 +165,10 @@ impl Task<'_> {
                     for near in (0..packed).step_by(NEAR_BLOCKS) {
                         let count = NEAR_BLOCKS.min(packed - near);
                         let other_panel = &whole[(start + near) * BLOCK..][..count * BLOCK];
-                        let c = Results { accumulate: c.accumulate || start + near > 0, ..c };
+                        let c = match start + near {
+                            0 => c,
+                            _ => Results { start: From::Result, ..c },
+                        };
                         for i in 0..self.panels {
                             let panel = &own[(i * packed + near) * BLOCK..][..count * BLOCK];
                             // SAFETY: panels lie in the operands, so their square in `c`.
@@ -186,15 +207,19 @@ impl Task<'_> {
         let in_one = n.div_ceil(LINES);
         let (item, row, column) = (column / in_one, row * LINES, column % in_one * LINES);
         let (rows, columns) = (LINES.min(m - row), LINES.min(n - column));
-        // SAFETY: the caller's duty.
+        // SAFETY: the caller's duty; a row to start from is as long as the result's.
         unsafe {
             let to = c.data.add(item * c.item_stride + row * c.row_stride + column);
+            let start = match c.start {
+                From::Nothing => None,
+                From::Result => Some((to.cast_const(), c.row_stride)),
+                From::Row(from) => Some((from.add(column), 0)),
+            };
             if rows == LINES && columns == LINES {
                 let (a, b, count) = (a.as_ptr(), b.as_ptr(), a.len() / BLOCK);
-                tiles.square(a, b, count, to, c.row_stride, c.accumulate);
+                tiles.square(a, b, count, to, c.row_stride, start);
             } else {
-                let edge = Edge { to, row_stride: c.row_stride, rows, columns };
-                edge.add(tiles, a, b, c.accumulate);
+                Edge { to, row_stride: c.row_stride, rows, columns }.fill(tiles, a, b, start);
             }
         }
     }
@@ -215,19 +240,19 @@ struct Square([f32; LINES * LINES]);
 impl Edge {
     /// # Safety
     /// The part lies in the result and is nobody else's; the panels are of the same blocks.
-    unsafe fn add(&self, tiles: &Tiles, a: &[f32], b: &[f32], accumulate: bool) {
+    unsafe fn fill(&self, tiles: &Tiles, a: &[f32], b: &[f32], start: Option<(*const f32, usize)>) {
         let mut square = Square([0.0; LINES * LINES]);
-        // SAFETY: the square is 32 rows of 32; rows and columns lie in the result.
+        // SAFETY: the square is 32 rows of 32; rows and columns lie in the result and in what it starts from.
         unsafe {
-            if accumulate {
+            if let Some((from, stride)) = start {
                 for row in 0..self.rows {
-                    let from = self.to.add(row * self.row_stride);
                     let to = square.0.as_mut_ptr().add(row * LINES);
-                    std::ptr::copy_nonoverlapping(from, to, self.columns);
+                    std::ptr::copy_nonoverlapping(from.add(row * stride), to, self.columns);
                 }
             }
             let to = square.0.as_mut_ptr();
-            tiles.square(a.as_ptr(), b.as_ptr(), a.len() / BLOCK, to, LINES, true);
+            let blocks = a.len() / BLOCK;
+            tiles.square(a.as_ptr(), b.as_ptr(), blocks, to, LINES, Some((to, LINES)));
             for row in 0..self.rows {
                 let to = self.to.add(row * self.row_stride);
                 let from = square.0.as_ptr().add(row * LINES);
