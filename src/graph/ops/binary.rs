@@ -75,6 +75,17 @@ pub(super) struct BinaryStep {
     spreads: [Spread; 2],
 }
 
+impl BinaryStep {
+    /// Of an addition of one value a column to each row of an operand: which operand the rows are.
+    pub(super) fn rows_plus_row(&self) -> Option<usize> {
+        match (&self.function, &self.spreads) {
+            (Binary::Add, [Spread::Same, Spread::Channel { inner: 1, .. }]) => Some(0),
+            (Binary::Add, [Spread::Channel { inner: 1, .. }, Spread::Same]) => Some(1),
+            _ => None,
+        }
+    }
+}
+
 /// What lies beside a stretch of an operand that has the output's shape.
 enum Beside<'a, T> {
     /// As many values.
@@ -235,8 +246,10 @@ impl<T: Element> Step<T> for BinaryStep {
     ) {
         if matches!(self.spreads[which], Spread::Same) {
             match (self.function, which) {
-                (Binary::Add, _) | (Binary::Sub, 0) => return target.put_map(d_output, |g| g),
-                (Binary::Sub, _) => return target.put_map(d_output, |g| -g),
+                (Binary::Add, _) | (Binary::Sub, 0) => {
+                    return target.put_map_parallel(d_output, |g| g);
+                }
+                (Binary::Sub, _) => return target.put_map_parallel(d_output, |g| -g),
                 _ => {}
             }
         }

@@ -20,10 +20,13 @@ pub(super) const CHUNK: usize = 1 << 14;
 /// made for that function alone and becomes vectors.
 macro_rules! constant {
     ($function:expr, |$f:ident| $use:expr) => {
-        constant!(@ $function, $f, $use; Relu LeakyRelu Clip Sigmoid HardSigmoid HardSwish Swish Gelu GeluTanh
+        constant!($function, |$f| $use, |$f| $use)
+    };
+    ($function:expr, |$f:ident| $use:expr, |$g:ident| $cold:expr) => {
+        constant!(@ $function, $f, $use, $g, $cold; Relu LeakyRelu Clip Sigmoid HardSigmoid HardSwish Swish Gelu GeluTanh
             Erf Neg Abs Square Scale Sqrt Reciprocal)
     };
-    (@ $function:expr, $f:ident, $use:expr; $($hot:ident)*) => {
+    (@ $function:expr, $f:ident, $use:expr, $g:ident, $cold:expr; $($hot:ident)*) => {
         match $function {
             // Not a variable: a closure would carry that along, no longer constant.
             $(Function::$hot => {
@@ -32,8 +35,8 @@ macro_rules! constant {
             })*
             #[allow(non_snake_case)]
             other => {
-                let $f = other;
-                $use
+                let $g = other;
+                $cold
             }
         }
     };
@@ -90,9 +93,21 @@ impl<T: Element> Step<T> for Elementwise<T> {
             let x = if x.is_empty() { dy } else { &x[start..end] };
             let y = if output.is_empty() { dy } else { &output[start..end] };
             let add = mode == Mode::Add;
-            constant!(self.function, |F| {
-                map::block_three(x, y, dy, d, add, move |x, y, dy| dy * F.slope(x, y, a, b))
-            });
+            constant!(
+                self.function,
+                |F| {
+                    #[derive(Clone, Copy)]
+                    struct Slope<T>([T; 2]);
+                    impl<T: Element> map::Three<T> for Slope<T> {
+                        #[inline(always)]
+                        fn at(self, x: T, y: T, dy: T) -> T {
+                            dy * F.slope(x, y, self.0[0], self.0[1])
+                        }
+                    }
+                    map::block_three(x, y, dy, d, add, Slope([a, b]));
+                },
+                |f| map::block_three(x, y, dy, d, add, move |x, y, dy| dy * f.slope(x, y, a, b))
+            );
         };
         target.data.par_chunks_mut(CHUNK).enumerate().for_each(work);
     }

@@ -4,6 +4,7 @@
 
 use super::binary::{Binary, BinaryStep};
 use super::elementwise::{Elementwise, Function};
+use super::matmul::MatMul;
 use crate::graph::plan::{Absorbed, Follower, Operand, StepRecord};
 use crate::tensor::kernels::Element;
 
@@ -14,6 +15,7 @@ pub(crate) fn fuse<T: Element>(
     output: usize,
 ) {
     fuse_gelu(steps, lengths, output);
+    fuse_bias(steps, lengths, output);
     let Steps { mut maker, reader, .. } = Steps::new(steps, lengths.len(), output);
     let mut removed = vec![false; steps.len()];
     for index in 0..steps.len() {
@@ -155,6 +157,29 @@ fn fuse_gelu<T: Element>(steps: &mut Vec<StepRecord<T>>, lengths: &mut [usize], 
         let record = &mut steps[last];
         record.step = Box::new(Elementwise { function: Function::Gelu, a: T::ZERO, b: T::ZERO });
         record.inputs = vec![Operand::Live(x)];
+    }
+    retain(steps, &removed);
+}
+
+/// A constant row added to a matrix product that nothing else reads becomes part of it.
+fn fuse_bias<T: Element>(steps: &mut Vec<StepRecord<T>>, lengths: &mut [usize], output: usize) {
+    let known = Steps::new(steps, lengths.len(), output);
+    let biased = |index: usize| {
+        let record = &known.steps[index];
+        let rows = record.step.as_any()?.downcast_ref::<BinaryStep>()?.rows_plus_row()?;
+        let Operand::Live(id) = record.inputs[rows] else { return None };
+        let Operand::Constant(bias) = &record.inputs[1 - rows] else { return None };
+        let maker = known.maker[id].filter(|_| known.reader[id].is_some())?;
+        let product = known.steps[maker].step.as_any()?.downcast_ref::<MatMul<T>>()?;
+        Some((maker, index, product.with_bias(bias)?))
+    };
+    let found: Vec<_> = (0..known.steps.len()).filter_map(biased).collect();
+    let mut removed = vec![false; steps.len()];
+    for (maker, addition, product) in found {
+        let result = steps[addition].output;
+        lengths[std::mem::replace(&mut steps[maker].output, result)] = 0;
+        steps[maker].step = Box::new(product);
+        removed[addition] = true;
     }
     retain(steps, &removed);
 }

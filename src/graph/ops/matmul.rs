@@ -1,5 +1,7 @@
 //! Matrix products: MatMul with batch broadcasting, Gemm. Either side may be live.
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use super::binary::{Binary, emit};
@@ -7,9 +9,11 @@ use super::elementwise::{Function, apply};
 use super::{Rule, broadcast_shape};
 use crate::error::{Error, Result};
 use crate::graph::ir::Node;
-use crate::graph::plan::{Lower, Needs, Step, StepState, Target, Value};
+use crate::graph::plan::{Lower, Mode, Needs, Step, StepState, Target, Value};
 use crate::tensor::kernels::Element;
-use crate::tensor::kernels::gemm::{MatrixRef, gemm};
+use crate::tensor::kernels::product::{
+    MatrixRef, Output, Sizes, Start, Threads, product as multiply,
+};
 
 pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
     match op {
@@ -27,28 +31,41 @@ enum Layout {
 }
 
 /// A batch of products `y[i] = a[batch_a[i]] b[batch_b[i]]`.
-#[derive(Debug)]
-struct MatMul {
+#[derive(Debug, Clone)]
+pub(super) struct MatMul<T> {
     m: usize,
     k: usize,
     n: usize,
     layouts: [Layout; 2],
     batch_a: Vec<usize>,
     batch_b: Vec<usize>,
+    /// One value a column, added to each row.
+    bias: Option<Arc<Vec<T>>>,
 }
 
-/// Rows of a product one task computes.
-const ROWS: usize = 32;
+/// Products of a batch from which on each is one task.
+const MANY: usize = 8;
 
-impl MatMul {
-    fn a<'a, T: Element>(&self, a: &'a [T]) -> MatrixRef<'a, T> {
+/// Who computes one product of a batch.
+fn threads(batch: usize) -> Threads {
+    if batch < MANY { Threads::All } else { Threads::One }
+}
+
+impl<T: Element> MatMul<T> {
+    /// With a constant row added to each row of the result, if it has none yet and `bias` is as long as one.
+    pub(super) fn with_bias(&self, bias: &Arc<Vec<T>>) -> Option<Self> {
+        let fits = self.bias.is_none() && bias.len() == self.n;
+        fits.then(|| Self { bias: Some(Arc::clone(bias)), ..self.clone() })
+    }
+
+    fn a<'a>(&self, a: &'a [T]) -> MatrixRef<'a, T> {
         match self.layouts[0] {
             Layout::Plain => MatrixRef::rows(a, self.k),
             Layout::Transposed => MatrixRef::transposed(a, self.m),
         }
     }
 
-    fn b<'a, T: Element>(&self, b: &'a [T]) -> MatrixRef<'a, T> {
+    fn b<'a>(&self, b: &'a [T]) -> MatrixRef<'a, T> {
         match self.layouts[1] {
             Layout::Plain => MatrixRef::rows(b, self.n),
             Layout::Transposed => MatrixRef::transposed(b, self.k),
@@ -60,7 +77,11 @@ fn flipped<T: Copy>(m: MatrixRef<'_, T>) -> MatrixRef<'_, T> {
     MatrixRef { data: m.data, row_stride: m.column_stride, column_stride: m.row_stride }
 }
 
-impl<T: Element> Step<T> for MatMul {
+impl<T: Element> Step<T> for MatMul<T> {
+    fn as_any(&self) -> Option<&dyn std::any::Any> {
+        Some(self)
+    }
+
     fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
         let (m, k, n) = (self.m, self.k, self.n);
         let (a, b) = (inputs[0], inputs[1]);
@@ -69,17 +90,11 @@ impl<T: Element> Step<T> for MatMul {
             return;
         }
         output.par_chunks_mut(product).enumerate().for_each(|(i, y)| {
-            let a = &a[self.batch_a[i] * m * k..][..m * k];
+            let a = self.a(&a[self.batch_a[i] * m * k..][..m * k]);
             let b = self.b(&b[self.batch_b[i] * k * n..][..k * n]);
-            if k == 0 {
-                y.fill(T::ZERO);
-                return;
-            }
-            y.par_chunks_mut(ROWS * n).enumerate().for_each(|(chunk, y)| {
-                let a = self.a(a);
-                let a = MatrixRef { data: &a.data[chunk * ROWS * a.row_stride..], ..a };
-                gemm(y.len() / n, n, k, a, b, y, n, false);
-            });
+            let start = self.bias.as_ref().map_or(Start::Nothing, |bias| Start::Row(bias));
+            let y = Output { data: y, row_stride: n, start };
+            multiply(Sizes { m, n, k }, a, b, y, threads(self.batch_a.len()));
         });
     }
 
@@ -97,31 +112,41 @@ impl<T: Element> Step<T> for MatMul {
         _state: &StepState<T>,
     ) {
         let (m, k, n) = (self.m, self.k, self.n);
-        target.clear_if_fresh();
         let (own, batches) =
             if which == 0 { (m * k, &self.batch_a) } else { (k * n, &self.batch_b) };
         if own == 0 || m * n == 0 {
+            target.clear_if_fresh();
             return;
         }
+        let fresh = target.mode == Mode::Write;
+        let items = target.data.len() / own;
         target.data.par_chunks_mut(own).enumerate().for_each(|(index, d)| {
+            let mut accumulate = !fresh;
             for (i, _) in batches.iter().enumerate().filter(|(_, at)| **at == index) {
                 let dy = MatrixRef::rows(&d_output[i * m * n..][..m * n], n);
                 let transposed = self.layouts[which] == Layout::Transposed;
-                if which == 0 {
+                let (sizes, left, right) = if which == 0 {
                     let b = flipped(self.b(&inputs[1][self.batch_b[i] * k * n..][..k * n]));
                     if transposed {
-                        gemm(k, m, n, flipped(b), flipped(dy), d, m, true);
+                        (Sizes { m: k, n: m, k: n }, flipped(b), flipped(dy))
                     } else {
-                        gemm(m, k, n, dy, b, d, k, true);
+                        (Sizes { m, n: k, k: n }, dy, b)
                     }
                 } else {
                     let a = flipped(self.a(&inputs[0][self.batch_a[i] * m * k..][..m * k]));
                     if transposed {
-                        gemm(n, k, m, flipped(dy), flipped(a), d, k, true);
+                        (Sizes { m: n, n: k, k: m }, flipped(dy), flipped(a))
                     } else {
-                        gemm(k, n, m, a, dy, d, n, true);
+                        (Sizes { m: k, n, k: m }, a, dy)
                     }
-                }
+                };
+                let start = if accumulate { Start::Result } else { Start::Nothing };
+                let d = Output { data: &mut *d, row_stride: sizes.n, start };
+                multiply(sizes, left, right, d, threads(items));
+                accumulate = true;
+            }
+            if !accumulate {
+                d.fill(T::ZERO);
             }
         });
     }
@@ -165,7 +190,7 @@ pub(super) fn product<T: Element>(lower: &mut Lower<'_, T>, a: &Value, b: &Value
     } else {
         shape.extend([m, n]);
     }
-    let step = MatMul { m, k, n, layouts: [Layout::Plain; 2], batch_a, batch_b };
+    let step = MatMul { m, k, n, layouts: [Layout::Plain; 2], batch_a, batch_b, bias: None };
     if a_vector {
         shape.remove(shape.len() - 2);
     }
@@ -208,7 +233,7 @@ pub(super) fn emit_gemm<T: Element>(lower: &mut Lower<'_, T>, node: &Node) -> Re
             b.shape()
         )));
     }
-    let step = MatMul { m, k, n, layouts, batch_a: vec![0], batch_b: vec![0] };
+    let step = MatMul { m, k, n, layouts, batch_a: vec![0], batch_b: vec![0], bias: None };
     let mut y = lower.emit(Box::new(step), &[a, b], vec![m, n]);
     let (alpha, beta) = (f64::from(node.float("alpha", 1.0)?), f64::from(node.float("beta", 1.0)?));
     if alpha != 1.0 {

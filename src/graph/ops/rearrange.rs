@@ -4,6 +4,8 @@
 
 use std::sync::Arc;
 
+use rayon::prelude::*;
+
 use crate::error::{Error, Result};
 use crate::graph::ir::{ConstantData, ConstantTensor};
 use crate::graph::plan::{Lower, Mode, Needs, Step, StepState, Target, Value};
@@ -40,6 +42,25 @@ struct Rearrange<T> {
     fill: T,
 }
 
+/// Elements that one task moves, at least.
+const PIECE: usize = 1 << 14;
+
+impl<T> Rearrange<T> {
+    /// Whole runs, and the stretch of the output that they make.
+    fn pieces<'a>(&'a self, mut output: &'a mut [T]) -> Vec<(&'a [Run], &'a mut [T])> {
+        let (mut pieces, mut first, mut length) = (Vec::new(), 0, 0);
+        for (i, run) in self.runs.iter().enumerate() {
+            length += run.length as usize;
+            if length >= PIECE || i + 1 == self.runs.len() {
+                let (piece, rest) = output.split_at_mut(length);
+                pieces.push((&self.runs[first..=i], piece));
+                (output, first, length) = (rest, i + 1, 0);
+            }
+        }
+        pieces
+    }
+}
+
 /// Stretches of consecutive output elements, joined where one goes on from the last.
 fn runs(stretches: impl Iterator<Item = (Source, usize)>) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
@@ -66,17 +87,21 @@ fn runs(stretches: impl Iterator<Item = (Source, usize)>) -> Vec<Run> {
 
 impl<T: Element> Step<T> for Rearrange<T> {
     fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
-        for run in &self.runs {
-            let (from, to, length) = (run.from as usize, run.to as usize, run.length as usize);
-            if run.input == FILL {
-                output[to..to + length].fill(self.fill);
-            } else if length == 1 {
-                output[to] = inputs[run.input as usize][from];
-            } else {
-                let input = &inputs[run.input as usize][from..from + length];
-                output[to..to + length].copy_from_slice(input);
+        self.pieces(output).into_par_iter().for_each(|(runs, output)| {
+            let Some(start) = runs.first().map(|run| run.to as usize) else { return };
+            for run in runs {
+                let (from, to) = (run.from as usize, run.to as usize - start);
+                let length = run.length as usize;
+                if run.input == FILL {
+                    output[to..to + length].fill(self.fill);
+                } else if length == 1 {
+                    output[to] = inputs[run.input as usize][from];
+                } else {
+                    let input = &inputs[run.input as usize][from..from + length];
+                    output[to..to + length].copy_from_slice(input);
+                }
             }
-        }
+        });
     }
 
     fn needs(&self) -> Needs {

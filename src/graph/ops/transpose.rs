@@ -9,8 +9,9 @@ use super::rearrange::{indices, rearrange_stretches};
 use super::{Rule, axis_index, strides};
 use crate::error::{Error, Result};
 use crate::graph::ir::Node;
-use crate::graph::plan::{Lower, Needs, Step, StepState, Target, Value};
+use crate::graph::plan::{Lower, Mode, Needs, Step, StepState, Target, Value};
 use crate::tensor::kernels::Element;
+use crate::tensor::kernels::turn::turn;
 
 pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
     match op {
@@ -27,7 +28,7 @@ struct Swap {
     piece: usize,
 }
 
-/// Columns that a task moves together: a cache line of `f32`.
+/// Output columns of pieces that a task moves together.
 const LINE: usize = 16;
 
 impl Swap {
@@ -35,9 +36,12 @@ impl Swap {
         Self { rows: self.columns, columns: self.rows, ..self }
     }
 
-    /// Calls `put(to, from)` for each element of `y`, in tasks of `LINE` output columns.
-    fn run<T: Element>(self, x: &[T], y: &mut [T], put: impl Fn(&mut T, T) + Sync + Send) {
+    /// Moves all of `x` to its place in `y`, or adds it there.
+    fn run<T: Element>(self, x: &[T], y: &mut [T], mode: Mode) {
         let Self { rows, columns, piece } = self;
+        if piece == 1 {
+            return turn(x, [rows, columns], y, mode == Mode::Add);
+        }
         let block = rows * piece;
         y.par_chunks_mut(LINE * block).enumerate().for_each(|(task, y)| {
             let first = task * LINE;
@@ -46,7 +50,7 @@ impl Swap {
                     let (outer, column) = ((first + i) / columns, (first + i) % columns);
                     let from = ((outer * rows + row) * columns + column) * piece;
                     let y = &mut y[row * piece..(row + 1) * piece];
-                    y.iter_mut().zip(&x[from..from + piece]).for_each(|(y, &x)| put(y, x));
+                    Target { data: y, mode }.put_map(&x[from..from + piece], |x| x);
                 }
             }
         });
@@ -55,7 +59,7 @@ impl Swap {
 
 impl<T: Element> Step<T> for Swap {
     fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
-        self.run(inputs[0], output, |y, x| *y = x);
+        self.run(inputs[0], output, Mode::Write);
     }
 
     fn needs(&self) -> Needs {
@@ -71,14 +75,7 @@ impl<T: Element> Step<T> for Swap {
         target: Target<'_, T>,
         _state: &StepState<T>,
     ) {
-        match target.mode {
-            crate::graph::plan::Mode::Write => {
-                self.reversed().run(d_output, target.data, |d, g| *d = g);
-            }
-            crate::graph::plan::Mode::Add => {
-                self.reversed().run(d_output, target.data, |d, g| *d += g);
-            }
-        }
+        self.reversed().run(d_output, target.data, target.mode);
     }
 }
 
@@ -180,13 +177,13 @@ mod tests {
             let swap = Swap { rows, columns, piece };
             let x: Vec<f64> = (0..outer * rows * columns * piece).map(|v| v as f64).collect();
             let (mut y, mut back) = (vec![0.0; x.len()], vec![0.0; x.len()]);
-            swap.run(&x, &mut y, |y, x| *y = x);
+            swap.run(&x, &mut y, Mode::Write);
             for (i, &value) in x.iter().enumerate() {
                 let (p, c) = (i % piece, i / piece % columns);
                 let (r, o) = (i / piece / columns % rows, i / piece / columns / rows);
                 assert_eq!(y[((o * columns + c) * rows + r) * piece + p], value);
             }
-            swap.reversed().run(&y, &mut back, |y, x| *y = x);
+            swap.reversed().run(&y, &mut back, Mode::Write);
             assert_eq!(back, x);
         }
     }

@@ -3,6 +3,8 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
+use rayon::prelude::*;
+
 use crate::tensor::kernels::Element;
 
 /// Where a step reads an operand: a value computed at run time, or data fixed at compile time.
@@ -60,6 +62,16 @@ impl<T: Element> Target<'_, T> {
             Mode::Write => terms.for_each(|((d, &a), &b)| *d = f(a, b)),
             Mode::Add => terms.for_each(|((d, &a), &b)| *d += f(a, b)),
         }
+    }
+
+    /// As [`Target::put_map`], by all threads.
+    pub fn put_map_parallel(self, a: &[T], f: impl Fn(T) -> T + Sync + Send) {
+        const CHUNK: usize = 1 << 14;
+        let mode = self.mode;
+        self.data
+            .par_chunks_mut(CHUNK)
+            .zip(a.par_chunks(CHUNK))
+            .for_each(|(data, a)| Target { data, mode }.put_map(a, &f));
     }
 
     /// Clears a fresh buffer so that everything can be added.

@@ -9,10 +9,11 @@ use rayon::prelude::*;
 
 use super::gemm::{MatrixRef, gemm};
 use super::patches::{RowRun, col2im, im2col, rows_per_tile, tiles};
+use super::product::{self, Left, Output, Sizes, Start};
 use super::vector::Level;
 use super::winograd::Filters;
 use super::{Element, scratch};
-use super::{depthwise, direct, winograd};
+use super::{depthwise, direct, pointwise, winograd};
 
 /// Images per partial sum of the weight gradient; fixed so that the sum's order is fixed.
 const WEIGHT_GRADIENT_IMAGES: usize = 8;
@@ -122,14 +123,33 @@ pub fn conv2d<T: Element>(g: &Conv2dGeometry, x: &[T], w: &[T], bias: Option<&[T
     if winograd_2d(g, x, (w, Filters::Stored), bias, y, false) {
         return;
     }
+    if T::as_f32(w).is_some() && pointwise::serves(g) {
+        pointwise::forward(g, x, w, bias, y);
+        return;
+    }
     let images = images_per_task(g.batch);
-    y.par_chunks_mut(images * output).zip(x.par_chunks(images * input)).for_each(|(y, x)| {
-        if g.is_depthwise() {
-            depthwise::forward(g, x, w, bias, y);
-        } else {
-            forward_images(g, x, w, bias, y);
-        }
+    if g.is_depthwise() {
+        y.par_chunks_mut(images * output)
+            .zip(x.par_chunks(images * input))
+            .for_each(|(y, x)| depthwise::forward(g, x, w, bias, y));
+        return;
+    }
+    let weights = MatrixRef::rows(w, g.patch());
+    Left::with(patches_level(g), weights, [g.out_channels, g.patch()], |left| {
+        y.par_chunks_mut(images * output)
+            .zip(x.par_chunks(images * input))
+            .for_each(|(y, x)| forward_images(g, x, (w, left), bias, y));
     });
+}
+
+/// How the products with patch matrices are computed: one answer for all tiles.
+fn patches_level(g: &Conv2dGeometry) -> product::Level {
+    let [height, width] = g.output();
+    let n = rows_per_tile(g).min(height) * width;
+    if g.groups > 1 || Level::detected().is_some_and(|_| direct::serves(g)) {
+        return product::Level::Vectors;
+    }
+    product::Level::of(Sizes { m: g.out_channels, n, k: g.patch() })
 }
 
 /// The fast way of a 3x3 convolution, where the element type and the processor have it.
@@ -151,7 +171,7 @@ fn winograd_2d<T: Element>(
 fn forward_images<T: Element>(
     g: &Conv2dGeometry,
     x: &[T],
-    w: &[T],
+    (w, left): (&[T], &Left<'_, T>),
     bias: Option<&[T]>,
     y: &mut [T],
 ) {
@@ -182,6 +202,13 @@ fn forward_images<T: Element>(
         for group in 0..g.groups {
             let w = &w[group * out_group * patch..(group + 1) * out_group * patch];
             let w = MatrixRef::rows(w, patch);
+            let times = |n: usize, b: MatrixRef<'_, T>, c: Output<'_, T>| {
+                if g.groups == 1 {
+                    left.times(n, b, c);
+                } else {
+                    gemm(out_group, n, patch, w, b, c.data, c.row_stride, c.start == Start::Result);
+                }
+            };
             if direct {
                 for run in &tile {
                     let start = run.first * width;
@@ -189,7 +216,8 @@ fn forward_images<T: Element>(
                     let to = run.image * g.output_stride() + group * out_group * plane + start;
                     let n = run.count * width;
                     let b = MatrixRef::rows(&x[from..from + (in_group - 1) * plane + n], plane);
-                    gemm(out_group, n, patch, w, b, &mut y[to..], plane, true);
+                    let data = &mut y[to..];
+                    times(n, b, Output { data, row_stride: plane, start: Start::Result });
                 }
                 continue;
             }
@@ -200,10 +228,16 @@ fn forward_images<T: Element>(
                     let to = run.image * g.output_stride()
                         + group * out_group * plane
                         + run.first * width;
-                    gemm(out_group, columns, patch, w, b, &mut y[to..], plane, true);
+                    let data = &mut y[to..];
+                    times(columns, b, Output { data, row_stride: plane, start: Start::Result });
                 } else {
                     scratch::with(out_group * columns, |product: &mut [T]| {
-                        gemm(out_group, columns, patch, w, b, product, columns, false);
+                        let data = &mut *product;
+                        times(
+                            columns,
+                            b,
+                            Output { data, row_stride: columns, start: Start::Nothing },
+                        );
                         for (i, run) in tile.iter().enumerate() {
                             for channel in 0..out_group {
                                 let from = channel * columns + i * plane;
@@ -273,6 +307,10 @@ pub fn conv2d_input_gradient<T: Element>(
         }
         return;
     }
+    if T::as_f32(w).is_some() && pointwise::serves(g) {
+        pointwise::input_gradient(g, dy, w, dx, accumulate);
+        return;
+    }
     let reversed = g.backward_as_forward().filter(|_| !g.is_depthwise());
     if let Some(reversed) = &reversed
         && winograd_2d(reversed, dy, (w, Filters::Reversed), None, dx, accumulate)
@@ -292,28 +330,45 @@ pub fn conv2d_input_gradient<T: Element>(
     if let Some(reversed) = reversed {
         let mut rotated = vec![T::ZERO; w.len()];
         rotated_weights(g, w, &mut rotated);
-        if accumulate {
+        let sizes = [reversed.out_channels, reversed.patch()];
+        let weights = MatrixRef::rows(&rotated, reversed.patch());
+        Left::with(patches_level(&reversed), weights, sizes, |left| {
             tasks.for_each(|(dx, dy)| {
+                if !accumulate {
+                    forward_images(&reversed, dy, (&rotated, left), None, dx);
+                    return;
+                }
                 scratch::with(dx.len(), |fresh: &mut [T]| {
-                    forward_images(&reversed, dy, &rotated, None, fresh);
+                    forward_images(&reversed, dy, (&rotated, left), None, fresh);
                     for (dx, &f) in dx.iter_mut().zip(&*fresh) {
                         *dx += f;
                     }
                 });
             });
-        } else {
-            tasks.for_each(|(dx, dy)| forward_images(&reversed, dy, &rotated, None, dx));
-        }
+        });
         return;
     }
-    tasks.for_each(|(dx, dy)| {
-        for (dx, dy) in dx.chunks_exact_mut(input).zip(dy.chunks_exact(output)) {
-            input_gradient_by_patches(g, dy, w, dx);
-        }
+    let (rows, columns) = (g.patch(), rows_per_tile(g).min(g.output()[0]) * g.output()[1]);
+    let level = match g.groups {
+        1 => product::Level::of(Sizes { m: rows, n: columns, k: g.out_channels }),
+        _ => product::Level::Vectors,
+    };
+    let weights = MatrixRef::transposed(w, rows);
+    Left::with(level, weights, [rows, g.out_channels], |left| {
+        tasks.for_each(|(dx, dy)| {
+            for (dx, dy) in dx.chunks_exact_mut(input).zip(dy.chunks_exact(output)) {
+                input_gradient_by_patches(g, dy, (w, left), dx);
+            }
+        });
     });
 }
 
-fn input_gradient_by_patches<T: Element>(g: &Conv2dGeometry, dy: &[T], w: &[T], dx: &mut [T]) {
+fn input_gradient_by_patches<T: Element>(
+    g: &Conv2dGeometry,
+    dy: &[T],
+    (w, left): (&[T], &Left<'_, T>),
+    dx: &mut [T],
+) {
     let [height, width] = g.output();
     let plane = height * width;
     let (out_group, patch) = (g.out_channels / g.groups, g.patch());
@@ -326,7 +381,13 @@ fn input_gradient_by_patches<T: Element>(g: &Conv2dGeometry, dy: &[T], w: &[T], 
                 let dy = MatrixRef::rows(&dy[from..], plane);
                 scratch::with(patch * columns, |col: &mut [T]| {
                     let w = MatrixRef::transposed(w, patch);
-                    gemm(patch, columns, out_group, w, dy, col, columns, false);
+                    if g.groups == 1 {
+                        let data = &mut *col;
+                        let c = Output { data, row_stride: columns, start: Start::Nothing };
+                        left.times(columns, dy, c);
+                    } else {
+                        gemm(patch, columns, out_group, w, dy, col, columns, false);
+                    }
                     col2im(g, col, group, run, dx);
                 });
             }

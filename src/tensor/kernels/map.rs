@@ -38,9 +38,18 @@ pub fn zip<T: Element>(a: &[T], b: &[T], y: &mut [T], f: impl Fn(T, T) -> T + Sy
 pub trait One<T>: Fn(T) -> T + Copy + Sync + Send {}
 impl<T, F: Fn(T) -> T + Copy + Sync + Send> One<T> for F {}
 
-/// A function of three numbers that may run on many threads.
-pub trait Three<T>: Fn(T, T, T) -> T + Copy + Sync + Send {}
-impl<T, F: Fn(T, T, T) -> T + Copy + Sync + Send> Three<T> for F {}
+/// A function of three numbers that may run on many threads. Large ones are types of their own with
+/// `#[inline(always)]`: a closure that is not inlined is compiled without the level's instructions.
+pub trait Three<T>: Copy + Sync + Send {
+    /// The value.
+    fn at(self, a: T, b: T, c: T) -> T;
+}
+impl<T, F: Fn(T, T, T) -> T + Copy + Sync + Send> Three<T> for F {
+    #[inline(always)]
+    fn at(self, a: T, b: T, c: T) -> T {
+        self(a, b, c)
+    }
+}
 
 at_each_level! {
     /// `y = f(x)` on one thread, with the best vector instructions.
@@ -70,8 +79,16 @@ fn block_three_body<T: Element, F: Three<T>>(
     add: bool,
     f: F,
 ) {
-    let (a, b, c) = (&a[..to.len()], &b[..to.len()], &c[..to.len()]);
-    put(to, add, |i| f(a[i], b[i], c[i]));
+    let terms = to.iter_mut().zip(a).zip(b).zip(c);
+    if add {
+        for (((to, &a), &b), &c) in terms {
+            *to += f.at(a, b, c);
+        }
+    } else {
+        for (((to, &a), &b), &c) in terms {
+            *to = f.at(a, b, c);
+        }
+    }
 }
 
 /// Puts `value(i)` at each position of `to`, or adds it.

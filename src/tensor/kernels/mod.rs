@@ -14,9 +14,12 @@ pub mod gemm;
 pub mod map;
 pub mod norm_pool;
 mod patches;
+mod pointwise;
+pub mod product;
 pub mod row;
 pub mod scratch;
 pub mod special;
+pub mod turn;
 mod vector;
 mod winograd;
 

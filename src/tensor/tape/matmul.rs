@@ -6,10 +6,10 @@ use rayon::prelude::*;
 use super::value::{Float, by_dtype, from_vec};
 use super::{Rule, Step, Var};
 use crate::error::{Error, Result};
-use crate::tensor::kernels::gemm::{MatrixRef, gemm};
+use crate::tensor::kernels::product::{self, MatrixRef, Output, Sizes, Start, Threads};
 
-/// Output rows per task: fixed, so that results do not depend on the number of threads.
-const ROWS: usize = 64;
+/// Products of a batch from which on each is one task.
+const MANY: usize = 8;
 
 struct MatMul;
 
@@ -64,11 +64,10 @@ fn product<T: Float>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
         let (b_storage, b_layout) = b.storage_and_layout();
         let (a_all, b_all) = (cpu::<T>(&a_storage)?, cpu::<T>(&b_storage)?);
         let (a_stride, b_stride) = (a_layout.stride(), b_layout.stride());
-        let at = |item: usize, row: usize| {
+        let at = |item: usize| {
             let lead = if rank == 3 { item * a_stride[0] } else { 0 };
-            let start = a_layout.start_offset() + lead + row * a_stride[rank - 2];
             MatrixRef {
-                data: &a_all[start..],
+                data: &a_all[a_layout.start_offset() + lead..],
                 row_stride: a_stride[rank - 2],
                 column_stride: a_stride[rank - 1],
             }
@@ -81,10 +80,10 @@ fn product<T: Float>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
                 column_stride: b_stride[rank - 1],
             }
         };
+        let threads = if batch < MANY { Threads::All } else { Threads::One };
         c.par_chunks_mut(m * n).enumerate().for_each(|(item, c)| {
-            c.par_chunks_mut(ROWS * n).enumerate().for_each(|(block, c)| {
-                gemm(c.len() / n, n, k, at(item, block * ROWS), bt(item), c, n, false);
-            });
+            let c = Output { data: c, row_stride: n, start: Start::Nothing };
+            product::product(Sizes { m, n, k }, at(item), bt(item), c, threads);
         });
     }
     from_vec(c, &dims)
