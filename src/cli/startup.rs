@@ -93,7 +93,7 @@ fn watch_signals() -> Result<Arc<AtomicBool>> {
 /// # Errors
 /// When a GPU is asked for, or the signal handler cannot be installed.
 pub(crate) fn context(settings: &Settings, printer: &Printer) -> Result<Context> {
-    if let Some(device @ Device::Cuda(_)) = settings.device {
+    if let Some(device @ Device::Cuda(..)) = settings.device {
         return Err(Error::unsupported(format!(
             "this version computes on the processor only, not on `{device}`"
         ))
@@ -107,7 +107,7 @@ pub(crate) fn context(settings: &Settings, printer: &Printer) -> Result<Context>
 /// # Errors
 /// When a GPU is asked for and ONNX Runtime has none, or the signal handler cannot be installed.
 pub(crate) fn asking_context(settings: &Settings, printer: &Printer) -> Result<Context> {
-    if let Some(device @ Device::Cuda(_)) = settings.device {
+    if let Some(device @ Device::Cuda(..)) = settings.device {
         Runtime::load(&settings.runtime_options())?.check_device(device)?;
     }
     any_context(settings, printer)
