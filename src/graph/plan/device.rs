@@ -179,6 +179,11 @@ impl DevicePlan {
         self.d_output
     }
 
+    /// Images of the batch.
+    pub fn images(&self) -> usize {
+        self.losses.view().len()
+    }
+
     /// The machine.
     pub fn device(&self) -> &dyn Device {
         &*self.device
@@ -209,17 +214,28 @@ impl DevicePlan {
         Ok(())
     }
 
-    /// Sets the gradients of cross-entropy to `labels` (over the first of the batch's images, `scale` times) and of `weight`
-    /// times the statistics term.
+    /// Uploads the wanted class of each image, for [`DevicePlan::objective`].
+    ///
+    /// # Errors
+    /// When there are more labels than images in the batch; those of the device.
+    pub fn set_labels(&self, labels: &[usize]) -> Result<()> {
+        let classes = self.output.len() / self.losses.view().len().max(1);
+        if labels.len() > self.labels.view().len() || labels.iter().any(|&l| l >= classes) {
+            return Err(Error::internal("labels that do not fit the batch"));
+        }
+        let labels: Vec<u32> = labels.iter().map(|&label| label as u32).collect();
+        self.device.write(self.labels.view().address(), &labels)
+    }
+
+    /// Sets the gradients of cross-entropy to the labels (over the first `used` images, `scale` times) and of
+    /// `weight` times the statistics term.
     ///
     /// # Errors
     /// Those of the device.
-    pub fn objective(&self, labels: &[u32], scale: f32, weight: f32) -> Result<()> {
-        let device = &*self.device;
-        device.write(self.labels.view().address(), labels)?;
+    pub fn objective(&self, used: usize, scale: f32, weight: f32) -> Result<()> {
         let to = [self.d_output, self.losses.view()];
-        cross_entropy(device, self.output, self.labels.view(), to, labels.len(), scale)?;
-        self.objective.match_statistics(device, weight)
+        cross_entropy(&*self.device, self.output, self.labels.view(), to, used, scale)?;
+        self.statistics(weight)
     }
 
     /// As [`DevicePlan::objective`], the gradient to the output written by the caller.

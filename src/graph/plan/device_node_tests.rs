@@ -69,6 +69,11 @@ fn graph(case: &Case, shared: bool) -> Graph {
                 .filter(|&a| wanted[a] == 1 && shape[a] != 1)
                 .map(|a| a as i64)
                 .collect();
+            if axes.is_empty() {
+                nodes.push(Node::new("Tanh", &name, &["x"], &[&name]));
+                inputs.push(name);
+                continue;
+            }
             constants
                 .insert(format!("{name}_axes"), Arc::new(ConstantTensor::i64([axes.len()], axes)));
             constants.insert(format!("{name}_scale"), Arc::new(ConstantTensor::f32([], vec![1.5])));

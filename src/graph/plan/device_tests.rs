@@ -87,11 +87,22 @@ fn distance(a: &[f64], b: &[f64]) -> f64 {
 
 /// Compares one graph; the names of the nodes that are not on the device come back as the error.
 pub(super) fn compare(name: &str, graph: &Graph, batch: usize, taps: Taps) -> Result<()> {
-    let Some(device) = emulation::open() else { return Ok(()) };
-    let device: Arc<dyn Device> = device;
+    match emulation::open() {
+        Some(device) => compare_on(&(device as Arc<dyn Device>), name, graph, batch, taps),
+        None => Ok(()),
+    }
+}
+
+fn compare_on(
+    device: &Arc<dyn Device>,
+    name: &str,
+    graph: &Graph,
+    batch: usize,
+    taps: Taps,
+) -> Result<()> {
     let options = options(graph, batch, taps);
     let single = Plan::<f32>::compile(graph, &options)?;
-    let on = DevicePlan::new(&single, &device, None)?;
+    let on = DevicePlan::new(&single, device, None)?;
     let double = Plan::<f64>::compile(graph, &options)?;
     let mut rng = RngStream::new(7, "device", name, 0);
     let x: Vec<f32> = rng.normals(options.input_shape.iter().product());
@@ -128,6 +139,26 @@ fn repository() -> PathBuf {
 
 #[test]
 fn plans_of_the_bundled_zoo_are_those_of_the_processor() {
+    if let Some(device) = emulation::open() {
+        bundled_zoo(&(device as Arc<dyn Device>));
+    }
+}
+
+/// On a card, where the feature and one are there.
+#[cfg(feature = "cuda")]
+#[test]
+fn gpu_plans_of_the_bundled_zoo_are_those_of_the_processor() {
+    use crate::tensor::cuda::driver::Card;
+    match Card::open(0, crate::tensor::device::Products::Single) {
+        Ok(card) => {
+            println!("on {}", card.describe());
+            bundled_zoo(&(card as Arc<dyn Device>));
+        }
+        Err(error) => eprintln!("SKIPPED: no GPU: {error:#}"),
+    }
+}
+
+fn bundled_zoo(device: &Arc<dyn Device>) {
     let zoo = repository().join("zoo");
     let mut names: Vec<PathBuf> = std::fs::read_dir(&zoo)
         .unwrap()
@@ -139,7 +170,7 @@ fn plans_of_the_bundled_zoo_are_those_of_the_processor() {
     for path in names {
         let name = path.file_stem().unwrap().to_string_lossy().into_owned();
         let model = onnx::load(&path, &zoo).unwrap();
-        match compare(&name, &model.graph, 3, Taps::Norms) {
+        match compare_on(device, &name, &model.graph, 3, Taps::Norms) {
             Ok(()) => {
                 assert!(!name.contains("int8_qdq"), "quantised networks are on the device now")
             }

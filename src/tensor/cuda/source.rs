@@ -4,7 +4,7 @@ use super::Argument;
 use crate::error::{Error, Result};
 
 /// The files of the program, in order.
-pub const FILES: [(&str, &str); 9] = [
+pub const FILES: [(&str, &str); 10] = [
     ("common.cu", include_str!("kernels/common.cu")),
     ("elementwise.cu", include_str!("kernels/elementwise.cu")),
     ("channel.cu", include_str!("kernels/channel.cu")),
@@ -14,6 +14,7 @@ pub const FILES: [(&str, &str); 9] = [
     ("reduce.cu", include_str!("kernels/reduce.cu")),
     ("movement.cu", include_str!("kernels/movement.cu")),
     ("objective.cu", include_str!("kernels/objective.cu")),
+    ("pixels.cu", include_str!("kernels/pixels.cu")),
 ];
 
 /// Kind of a kernel's parameter.
