@@ -13,6 +13,8 @@ use half::f16;
 
 use crate::error::{Error, Result};
 use crate::tensor::Images;
+#[cfg(any(feature = "cuda", test))]
+use crate::tensor::cuda;
 use crate::zoo::{Color, ElementType, Layout, Preprocess};
 
 /// Share of red, green and blue in grey (ITU-R BT.601, what Pillow's `convert("L")` uses).
@@ -221,6 +223,32 @@ impl Adapter {
             }
         }
         Ok(images)
+    }
+
+    /// The same map for kernels that compute it on a device; `None` where its rounding is not there.
+    #[cfg(any(feature = "cuda", test))]
+    pub(super) fn input_map(&self, [height, width]: [usize; 2]) -> Option<cuda::InputMap> {
+        let taps = |axis: Axis| cuda::AxisTaps {
+            from: axis.from,
+            starts: axis.starts,
+            ends: axis.ends,
+            weights: axis.weights,
+        };
+        let mix = |channel: &Channel| {
+            let mut mix = [0.0; CANONICAL_CHANNELS];
+            shares(*channel).for_each(|(index, weight)| mix[index] = weight);
+            mix
+        };
+        let (channel_step, pixel_step) = self.steps();
+        (self.dtype != ElementType::Float16).then(|| cuda::InputMap {
+            vertical: taps(Axis::new(height, self.height, self.crop)),
+            horizontal: taps(Axis::new(width, self.width, self.crop)),
+            mix: self.channels.iter().map(mix).collect(),
+            scale: self.scale.clone(),
+            offset: self.offset.clone(),
+            steps: [channel_step, pixel_step],
+            bytes: self.dtype == ElementType::Uint8,
+        })
     }
 
     /// Distance in the input between two channels and between two pixels of one image.

@@ -9,6 +9,8 @@ pub mod borrow;
 pub mod budget;
 pub mod library;
 mod local;
+#[cfg(any(feature = "cuda", test))]
+mod on_device;
 pub mod pool;
 pub mod probe;
 pub mod remote;
@@ -24,5 +26,7 @@ pub use black::{BlackOptions, BlackTeacher};
 pub use borrow::Borrowing;
 pub use pool::SessionPool;
 pub use surrogate::Surrogate;
-pub use teacher::{Guide, ImageGradient, LogitsLoss, Objective, Teacher};
+pub use teacher::{
+    Guide, ImageGradient, LogitsLoss, Objective, PixelLosses, PixelTask, ResidentPixels, Teacher,
+};
 pub use white::WhiteTeacher;

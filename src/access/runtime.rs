@@ -79,7 +79,7 @@ impl Runtime {
     /// # Errors
     /// One line that says what is missing for a GPU.
     pub fn check_device(&self, device: Device) -> Result<()> {
-        let Device::Cuda(_) = device else { return Ok(()) };
+        let Device::Cuda(..) = device else { return Ok(()) };
         if session::has_cuda() {
             return Ok(());
         }

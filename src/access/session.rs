@@ -139,7 +139,7 @@ fn configure(
         .with_memory_pattern(false)?
         .with_optimization_level(GraphOptimizationLevel::All)?
         .with_config_entry("session.load_model_format", "ONNX")?;
-    let Device::Cuda(index) = device else { return Ok(builder) };
+    let Device::Cuda(index, _) = device else { return Ok(builder) };
     let index = i32::try_from(index).unwrap_or(i32::MAX);
     // Without this ONNX Runtime falls back to the processor and says nothing.
     let cuda = ep::CUDA::default().with_device_id(index).build().error_on_failure();

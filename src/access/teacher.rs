@@ -1,7 +1,7 @@
 //! The trait that hides how a model is reached.
 
 use crate::error::Result;
-use crate::tensor::{Images, RngStream};
+use crate::tensor::{AdamOptions, Images, RngStream};
 use crate::zoo::ModelSpec;
 
 /// A per-image loss on a teacher's logits: value, and gradient for teachers that can use it.
@@ -12,6 +12,10 @@ pub trait LogitsLoss: Sync {
     fn value(&self, index: usize, logits: &[f32]) -> f64;
     /// Gradient of [`LogitsLoss::value`] to the logits, written to `gradient`.
     fn gradient(&self, index: usize, logits: &[f32], gradient: &mut [f32]);
+    /// The wanted class of each image, where the loss is cross-entropy to it: a GPU computes it where the logits are.
+    fn labels(&self) -> Option<&[usize]> {
+        None
+    }
 }
 
 /// What is minimised over the images: the mean over the batch of `logits` plus, for teachers with
@@ -44,6 +48,55 @@ pub struct ImageGradient {
     pub statistics_loss: f64,
     /// Logits `[n, classes]`, row-major.
     pub logits: Vec<f32>,
+}
+
+/// Free pixels to be moved by gradient descent.
+#[derive(Debug, Clone, Copy)]
+pub struct PixelTask<'a> {
+    /// Standardised pixels [n, 3, height, width] at the start.
+    pub start: &'a [f32],
+    /// `[height, width]`.
+    pub size: [usize; 2],
+    /// The wanted class of each image.
+    pub labels: &'a [usize],
+    /// Middle, unit (both canonical) and bound (in units) of the pixels.
+    pub standard: [f32; 3],
+    /// Weight of the statistics term.
+    pub statistics: f32,
+    /// Weight of total variation.
+    pub total_variation: f32,
+    /// Weight of the pixel norm.
+    pub norm: f32,
+    /// The optimiser.
+    pub adam: AdamOptions,
+}
+
+/// What a step of [`ResidentPixels`] saw before it moved them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PixelLosses {
+    /// Mean cross-entropy.
+    pub logits: f64,
+    /// Unweighted statistics term.
+    pub statistics: f64,
+    /// Unweighted total variation.
+    pub total_variation: f64,
+    /// Unweighted pixel norm.
+    pub norm: f64,
+}
+
+/// Pixels on a device; only scalars leave it until the end.
+pub trait ResidentPixels {
+    /// One step of `rate` on images shifted cyclically by `[down, right]`.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn step(&mut self, shift: [i64; 2], rate: f64) -> Result<PixelLosses>;
+
+    /// The standardised pixels, bounded.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn read(&self) -> Result<Vec<f32>>;
 }
 
 /// A classifier that can be asked and, exactly or by estimate, differentiated.
@@ -85,6 +138,16 @@ pub trait Teacher: Send + Sync {
     ) -> Result<ImageGradient> {
         let _ = guide;
         self.image_gradient(images, objective, rng)
+    }
+
+    /// Pixels `task` says that stay where the model is computed; `None` where each step's gradient
+    /// crosses the host ([`Teacher::image_gradient`]).
+    ///
+    /// # Errors
+    /// When the device has no memory for them.
+    fn resident(&self, task: &PixelTask<'_>) -> Result<Option<Box<dyn ResidentPixels>>> {
+        let _ = task;
+        Ok(None)
     }
 
     /// Layers whose statistics the objective's second term compares.

@@ -9,9 +9,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::Adapter;
 use super::surrogate::{self, Reference, Surrogate};
 use super::teacher::{ImageGradient, Objective, Teacher};
+#[cfg(any(feature = "cuda", test))]
+use super::{
+    on_device::{OnDevice, Part, Resident},
+    teacher::{PixelTask, ResidentPixels},
+};
 use crate::error::{Error, Result, ResultExt};
 use crate::graph::facts::logits_under;
 use crate::graph::{CompileOptions, Gradient, Graph, Plan, Taps, Workspace};
+#[cfg(any(feature = "cuda", test))]
+use crate::tensor::cuda::Device;
 use crate::tensor::{Images, RngStream};
 use crate::zoo::{BatchDimension, ModelSpec};
 
@@ -33,6 +40,8 @@ pub struct WhiteTeacher {
     /// Tapped layers.
     layers: usize,
     plans: Mutex<BTreeMap<usize, Arc<Compiled>>>,
+    #[cfg(any(feature = "cuda", test))]
+    device: Option<Arc<dyn Device>>,
 }
 
 /// A plan and the workspaces that no thread is using.
@@ -42,6 +51,8 @@ struct Compiled {
     free: Mutex<Vec<Workspace<f32>>>,
     /// Images the plan takes at once; smaller than asked where the file fixes the batch.
     batch: usize,
+    #[cfg(any(feature = "cuda", test))]
+    on: Option<OnDevice>,
 }
 
 impl Compiled {
@@ -73,6 +84,8 @@ impl WhiteTeacher {
             references: None,
             layers: 0,
             plans: Mutex::default(),
+            #[cfg(any(feature = "cuda", test))]
+            device: None,
         };
         let probe = match teacher.spec.batch {
             BatchDimension::Fixed(n) => n,
@@ -94,6 +107,22 @@ impl WhiteTeacher {
             }
         }
         Ok(teacher)
+    }
+
+    /// The same teacher, computed on `device`.
+    ///
+    /// # Errors
+    /// When an operator is not there (naming the node), or memory runs out.
+    #[cfg(any(feature = "cuda", test))]
+    pub fn on_device(mut self, device: &Arc<dyn Device>) -> Result<Self> {
+        let probe = match self.spec.batch {
+            BatchDimension::Fixed(n) => n,
+            BatchDimension::Free => 1,
+        };
+        self.device = Some(Arc::clone(device));
+        self.plans = Mutex::default();
+        self.compiled(probe).context(|| self.describe())?;
+        Ok(self)
     }
 
     /// What the tapped layers see on procedural images.
@@ -215,7 +244,18 @@ impl WhiteTeacher {
         while plans.len() >= PLANS_KEPT {
             plans.pop_first();
         }
-        let compiled = Arc::new(Compiled { plan, free: Mutex::default(), batch });
+        #[cfg(any(feature = "cuda", test))]
+        let on = match &self.device {
+            Some(device) => Some(OnDevice::new(&plan, device, self.references.as_deref())?),
+            None => None,
+        };
+        let compiled = Arc::new(Compiled {
+            plan,
+            free: Mutex::default(),
+            batch,
+            #[cfg(any(feature = "cuda", test))]
+            on,
+        });
         plans.insert(n, Arc::clone(&compiled));
         Ok(compiled)
     }
@@ -245,6 +285,12 @@ impl Teacher for WhiteTeacher {
             let batch = filled(images, start, compiled.batch);
             let input = self.adapter.forward(&batch)?;
             let used = n.min(compiled.batch);
+            #[cfg(any(feature = "cuda", test))]
+            if let Some(on) = &compiled.on {
+                logits.extend_from_slice(&on.logits(&input)?[..used * classes]);
+                start += used;
+                continue;
+            }
             compiled.with_workspace(|plan, workspace| {
                 let output = plan.forward(workspace, &input);
                 logits.extend_from_slice(&output[..used * classes]);
@@ -276,6 +322,19 @@ impl Teacher for WhiteTeacher {
             let part = filled(images, start, compiled.batch);
             let input = self.adapter.forward(&part)?;
             let share = used as f32 / n as f32;
+            #[cfg(any(feature = "cuda", test))]
+            if let Some(on) = &compiled.on {
+                let weight = objective.statistics_weight * share;
+                let pass = on.gradient(&input, objective, weight, Part { start, used, n })?;
+                result.logits_loss += pass.logits_loss;
+                result.statistics_loss += f64::from(share) * pass.statistics_loss;
+                result.logits.extend_from_slice(&pass.logits[..used * classes]);
+                let gradient = self.adapter.backward(&pass.d_input, part.shape())?;
+                result.gradient.data_mut()[start * stride..(start + used) * stride]
+                    .copy_from_slice(&gradient.data()[..used * stride]);
+                start += used;
+                continue;
+            }
             let d_input = compiled.with_workspace(|plan, workspace| {
                 let logits = plan.forward(workspace, &input);
                 let mut d_logits = vec![0.0; logits.len()];
@@ -297,6 +356,19 @@ impl Teacher for WhiteTeacher {
             start += used;
         }
         Ok(result)
+    }
+
+    #[cfg(any(feature = "cuda", test))]
+    fn resident(&self, task: &PixelTask<'_>) -> Result<Option<Box<dyn ResidentPixels>>> {
+        let Some(device) = &self.device else { return Ok(None) };
+        let n = task.labels.len();
+        let compiled = self.compiled(n).context(|| self.describe())?;
+        if compiled.batch != n {
+            return Ok(None);
+        }
+        let references = self.references.as_deref();
+        let pixels = Resident::new(&compiled.plan, device, references, &self.adapter, task)?;
+        Ok(pixels.map(|pixels| Box::new(pixels) as Box<dyn ResidentPixels>))
     }
 
     fn statistics_layers(&self) -> usize {

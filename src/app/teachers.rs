@@ -1,9 +1,11 @@
 //! Opening the models of a zoo as teachers, each by the access its spec says.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use super::context::{Context, Secrets};
+use super::progress::Progress;
 use super::queries::Queries;
 use super::{RunConfig, settings};
 use crate::access::library::RuntimeOptions;
@@ -11,6 +13,8 @@ use crate::access::runtime::Runtime;
 use crate::access::{
     BlackOptions, BlackTeacher, Borrowing, SessionPool, Surrogate, Teacher, WhiteTeacher,
 };
+#[cfg(feature = "cuda")]
+use crate::error::ErrorKind;
 use crate::error::{Error, Result, ResultExt};
 use crate::onnx;
 use crate::tensor::Device;
@@ -32,8 +36,10 @@ pub struct TeacherOptions {
     pub query_budget: Option<u64>,
     /// Counts and limits of the run.
     pub queries: Option<Queries>,
-    /// Where ONNX Runtime computes.
+    /// Where white-box models and ONNX Runtime compute.
     pub device: Device,
+    /// Where to say which model stays on the processor.
+    pub notes: Notes,
     /// Its sessions.
     pub pool: Arc<SessionPool>,
     /// Tokens of remote models.
@@ -59,9 +65,23 @@ impl TeacherOptions {
             query_budget: config.recover.black_box.query_budget,
             queries: None,
             device: context.device,
+            notes: Notes(Arc::clone(&context.progress)),
             pool: Arc::new(SessionPool::new(sessions)),
             secrets: context.secrets.clone(),
         }
+    }
+
+    /// Where ONNX Runtime asks the model: with the feature `cuda` a library that has no CUDA is no error, since white-box
+    /// models do run on the card.
+    fn asked_on(&self, runtime: &Runtime, spec: &ModelSpec) -> Device {
+        #[cfg(feature = "cuda")]
+        if let Err(error) = runtime.check_device(self.device) {
+            let text = format!("model `{}` is asked on the processor: {error:#}", spec.id);
+            self.notes.note(&text);
+            return Device::Cpu;
+        }
+        let _ = (runtime, spec);
+        self.device
     }
 
     fn count(&self, teacher: BlackTeacher, spec: &ModelSpec) -> Result<BlackTeacher> {
@@ -69,6 +89,41 @@ impl TeacherOptions {
             Some(queries) => Ok(teacher.with_budget(queries.budget(spec)?)),
             None => Ok(teacher),
         }
+    }
+}
+
+/// Where remarks go.
+#[derive(Clone)]
+pub struct Notes(Arc<dyn Progress>);
+
+impl Notes {
+    /// Says something worth a line.
+    pub fn note(&self, text: &str) {
+        self.0.note(text);
+    }
+}
+
+impl fmt::Debug for Notes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Notes(..)")
+    }
+}
+
+/// `teacher` on the card of `--device`. A model that the card cannot take stays on the processor, which is said.
+#[cfg(feature = "cuda")]
+fn placed(teacher: WhiteTeacher, options: &TeacherOptions, zoo: &Path) -> Result<WhiteTeacher> {
+    let Device::Cuda(index, products) = options.device else { return Ok(teacher) };
+    let card: Arc<dyn crate::tensor::cuda::Device> =
+        crate::tensor::cuda::driver::Card::open(index, products)?;
+    let spec = teacher.spec().clone();
+    match teacher.on_device(&card) {
+        Ok(teacher) => Ok(teacher),
+        Err(error) if error.kind() == ErrorKind::Unsupported => {
+            let text = format!("model `{}` is computed on the processor: {error:#}", spec.id);
+            options.notes.note(&text);
+            open_white(&spec, zoo, options.surrogate)
+        }
+        Err(error) => Err(error),
     }
 }
 
@@ -83,12 +138,15 @@ pub fn open(spec: &ModelSpec, options: &TeacherOptions) -> Result<Box<dyn Teache
     match spec.access {
         Access::WhiteBox => {
             unchanged(&spec)?;
-            Ok(Box::new(open_white(&spec, &options.zoo, options.surrogate)?))
+            let teacher = open_white(&spec, &options.zoo, options.surrogate)?;
+            #[cfg(feature = "cuda")]
+            let teacher = placed(teacher, options, &options.zoo)?;
+            Ok(Box::new(teacher))
         }
         Access::BlackBox => {
             unchanged(&spec)?;
             let runtime = Runtime::load(&options.runtime)?;
-            let (device, pool) = (options.device, &options.pool);
+            let (device, pool) = (options.asked_on(runtime, &spec), &options.pool);
             let teacher =
                 BlackTeacher::open_in(spec.clone(), runtime, device, pool, options.black)?;
             Ok(Box::new(options.count(teacher, &spec)?))

@@ -14,6 +14,7 @@ use super::printer::Printer;
 use super::progress::Bars;
 use super::settings::{Decoration, Settings, Talk};
 use crate::access::library;
+#[cfg(not(feature = "cuda"))]
 use crate::access::runtime::Runtime;
 use crate::app::context::Secrets;
 use crate::app::ingest::ProbeOptions;
@@ -93,7 +94,7 @@ fn watch_signals() -> Result<Arc<AtomicBool>> {
 /// # Errors
 /// When a GPU is asked for, or the signal handler cannot be installed.
 pub(crate) fn context(settings: &Settings, printer: &Printer) -> Result<Context> {
-    if let Some(device @ Device::Cuda(_)) = settings.device {
+    if let Some(device @ Device::Cuda(..)) = settings.device {
         return Err(Error::unsupported(format!(
             "this version computes on the processor only, not on `{device}`"
         ))
@@ -105,9 +106,16 @@ pub(crate) fn context(settings: &Settings, printer: &Printer) -> Result<Context>
 /// As [`context`], for verbs that ask black-box models: ONNX Runtime can ask them on a GPU.
 ///
 /// # Errors
-/// When a GPU is asked for and ONNX Runtime has none, or the signal handler cannot be installed.
+/// When a GPU is asked for and there is none (without the feature `cuda`: when ONNX Runtime has none), or the signal
+/// handler cannot be installed.
 pub(crate) fn asking_context(settings: &Settings, printer: &Printer) -> Result<Context> {
-    if let Some(device @ Device::Cuda(_)) = settings.device {
+    #[cfg(feature = "cuda")]
+    if let Some(Device::Cuda(index, products)) = settings.device {
+        // White-box models are computed there; black-box ones too where ONNX Runtime can.
+        crate::tensor::cuda::driver::Card::open(index, products)?;
+    }
+    #[cfg(not(feature = "cuda"))]
+    if let Some(device @ Device::Cuda(..)) = settings.device {
         Runtime::load(&settings.runtime_options())?.check_device(device)?;
     }
     any_context(settings, printer)

@@ -4,7 +4,7 @@
 //! `z = (x - 0.5) / 0.25` with Adam, a random cyclic shift each step and a cosine step size; pixels stay
 //! in the canonical range.
 
-use crate::access::{Objective, Teacher};
+use crate::access::{Objective, PixelTask, Teacher};
 use crate::error::Result;
 use crate::tensor::{Adam, AdamOptions, Images, RngStream};
 
@@ -83,6 +83,36 @@ pub fn invert(
     let statistics_weight = config.statistics / teacher.statistics_layers().max(1) as f32;
     let objective = Objective { logits: &loss, statistics_weight };
     let reach = config.jitter as i64;
+    let rate = |step: usize| {
+        let done = step as f64 / config.steps as f64;
+        let cosine = 0.5 * (1.0 + (std::f64::consts::PI * done).cos());
+        config.learning_rate * (config.final_rate + (1.0 - config.final_rate) * cosine)
+    };
+    let task = PixelTask {
+        start: &z,
+        size: image_size,
+        labels,
+        standard: [MIDDLE, UNIT, RANGE],
+        statistics: statistics_weight,
+        total_variation: config.total_variation,
+        norm: config.size,
+        adam: options,
+    };
+    if let Some(mut pixels) = teacher.resident(&task)? {
+        for step in 0..config.steps {
+            watch.check()?;
+            let shift = [(); 2].map(|()| rng.integer_in(-reach, reach));
+            let found = pixels.step(shift, rate(step))?;
+            watch.tell(&RecoverIteration {
+                step: step + 1,
+                loss: found.logits,
+                statistics: found.statistics,
+                prior: f64::from(config.total_variation) * found.total_variation
+                    + f64::from(config.size) * found.norm,
+            });
+        }
+        return canonical(&pixels.read()?, shape);
+    }
     for step in 0..config.steps {
         watch.check()?;
         z.iter_mut().for_each(|v| *v = v.clamp(-RANGE, RANGE));
@@ -93,10 +123,7 @@ pub fn invert(
         gradient.iter_mut().for_each(|g| *g *= UNIT);
         let tv = total_variation(&z, h, w, config.total_variation, &mut gradient);
         let norm = size(&z, config.size, &mut gradient);
-        let done = step as f64 / config.steps as f64;
-        let cosine = 0.5 * (1.0 + (std::f64::consts::PI * done).cos());
-        let rate = config.learning_rate * (config.final_rate + (1.0 - config.final_rate) * cosine);
-        adam.step(rate, &mut [&mut z], &[&gradient])?;
+        adam.step(rate(step), &mut [&mut z], &[&gradient])?;
         watch.tell(&RecoverIteration {
             step: step + 1,
             loss: found.logits_loss,
@@ -107,6 +134,10 @@ pub fn invert(
     z.iter_mut().for_each(|v| *v = v.clamp(-RANGE, RANGE));
     canonical(&z, shape)
 }
+
+#[cfg(test)]
+#[path = "invert_device_tests.rs"]
+mod device_tests;
 
 #[cfg(test)]
 mod tests {

@@ -12,21 +12,36 @@ pub enum Device {
     #[default]
     Cpu,
     /// The CUDA device of this index.
-    Cuda(usize),
+    Cuda(usize, Products),
+}
+
+/// How a GPU multiplies matrices of `f32`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Products {
+    /// In full single precision.
+    #[default]
+    Single,
+    /// On tensor cores, factors rounded to 10 bits of mantissa (TF32): several times faster.
+    TensorFloat32,
 }
 
 impl FromStr for Device {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        match text.split_once(':') {
+        let (place, products) = match text.strip_suffix("+tf32") {
+            Some(place) => (place, Products::TensorFloat32),
+            None => (text, Products::Single),
+        };
+        match place.split_once(':') {
             None if text == "cpu" => Ok(Self::Cpu),
-            None if text == "cuda" => Ok(Self::Cuda(0)),
+            None if place == "cuda" => Ok(Self::Cuda(0, products)),
             Some(("cuda", index)) if index.parse::<usize>().is_ok() => {
-                Ok(Self::Cuda(index.parse().unwrap_or_default()))
+                Ok(Self::Cuda(index.parse().unwrap_or_default(), products))
             }
-            _ => Err(Error::usage(format!("unknown device `{text}`"))
-                .hint("use `cpu`, `cuda` or `cuda:INDEX`")),
+            _ => Err(Error::usage(format!("unknown device `{text}`")).hint(
+                "use `cpu`, `cuda` or `cuda:INDEX`; on a GPU `+tf32` behind it multiplies faster",
+            )),
         }
     }
 }
@@ -35,7 +50,8 @@ impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Cpu => f.write_str("cpu"),
-            Self::Cuda(index) => write!(f, "cuda:{index}"),
+            Self::Cuda(index, Products::Single) => write!(f, "cuda:{index}"),
+            Self::Cuda(index, Products::TensorFloat32) => write!(f, "cuda:{index}+tf32"),
         }
     }
 }

@@ -4,6 +4,8 @@
 //! for images) so that the frozen plan (`graph`) and the tape share them.
 
 pub mod adam;
+#[cfg(any(feature = "cuda", test))]
+pub mod cuda;
 pub mod device;
 pub mod images;
 pub mod kernels;

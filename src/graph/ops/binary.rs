@@ -17,6 +17,8 @@ use crate::graph::ir::{ConstantData, ConstantTensor, DataType, Node};
 use crate::graph::plan::{
     Differentiable, Follower, Lower, Mode, Needs, Step, StepState, Target, Value,
 };
+#[cfg(any(feature = "cuda", test))]
+use crate::tensor::cuda;
 use crate::tensor::kernels::{Element, map};
 
 /// How positions of one operand follow the output's.
@@ -55,6 +57,16 @@ impl Spread {
             index.iter().zip(&strides).map(|(i, s)| i * s).sum::<usize>() as u32
         };
         Self::Map(indices(to).map(position).collect())
+    }
+
+    #[cfg(any(feature = "cuda", test))]
+    fn on_device(&self, outputs: usize) -> cuda::Spread {
+        match self {
+            Self::Same => cuda::Spread::Same,
+            Self::Scalar => cuda::Spread::Channel { inner: outputs.max(1), count: 1 },
+            &Self::Channel { inner, count } => cuda::Spread::Channel { inner, count },
+            Self::Map(map) => cuda::Spread::Map(map.clone()),
+        }
     }
 
     #[inline(always)]
@@ -226,6 +238,13 @@ impl<T: Element> Step<T> for BinaryStep {
             Binary::Mul => self.fill(a, b, output, |a, b| a * b),
             f => self.fill(a, b, output, |a, b| f.value(a, b)),
         }
+    }
+
+    #[cfg(any(feature = "cuda", test))]
+    fn on_device(&self, site: &cuda::Site<'_>) -> Result<Option<Box<dyn cuda::Operation>>> {
+        let spread = |which: usize| self.spreads[which].on_device(site.output);
+        let step = cuda::Binary::new(site, self.function as i32, [spread(0), spread(1)])?;
+        Ok(Some(Box::new(step)))
     }
 
     fn needs(&self) -> Needs {

@@ -3,9 +3,15 @@
 
 use rayon::prelude::*;
 
+#[cfg(any(feature = "cuda", test))]
+use crate::error::Result;
+#[cfg(any(feature = "cuda", test))]
+use crate::graph::plan::singles;
 use crate::graph::plan::{
     Absorbed, Follower, Mode, Needs, Reads, Step, StepState, TapReference, Target,
 };
+#[cfg(any(feature = "cuda", test))]
+use crate::tensor::cuda;
 use crate::tensor::kernels::Element;
 use crate::tensor::kernels::channel::{self, Bounds, Channel, Through};
 
@@ -174,6 +180,21 @@ impl<T: Element> Step<T> for ChannelAffine<T> {
                 .for_each(|(index, ((x, y), sums))| work(index * task, x, y, sums));
         }
         self.merge(&sums, x.len() / channels, state);
+    }
+
+    #[cfg(any(feature = "cuda", test))]
+    fn on_device(&self, site: &cuda::Site<'_>) -> Result<Option<Box<dyn cuda::Operation>>> {
+        let single = |v: T| v.f64() as f32;
+        let parts = cuda::ChannelParts {
+            factor: &singles(&self.a),
+            offset: &singles(&self.b),
+            shift: &singles(&self.shift),
+            plane: self.plane,
+            bounds: self.bounds.map(|b| [single(b.low), single(b.high), single(b.open)]),
+            residual: self.residual,
+            halved: self.halved,
+        };
+        Ok(Some(Box::new(cuda::Channel::new(site, &parts)?)))
     }
 
     fn needs(&self) -> Needs {

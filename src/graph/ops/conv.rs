@@ -11,9 +11,13 @@ use super::rearrange::{Source, rearrange};
 use super::window::{Slide, slides, two_axes};
 use crate::error::{Error, Result};
 use crate::graph::ir::{ConstantTensor, Node};
+#[cfg(any(feature = "cuda", test))]
+use crate::graph::plan::singles;
 use crate::graph::plan::{
     Lower, Mode, Needs, Step, StepState, Taps, Target, Value, data_dependent, elements,
 };
+#[cfg(any(feature = "cuda", test))]
+use crate::tensor::cuda;
 use crate::tensor::kernels::Element;
 use crate::tensor::kernels::conv::{Conv2dGeometry, conv2d, conv2d_input_gradient};
 use crate::tensor::kernels::map::sum_of;
@@ -37,6 +41,14 @@ impl<T: Element> Step<T> for Conv<T> {
     fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
         let bias = self.bias.as_ref().map(|bias| bias.as_slice());
         conv2d(&self.geometry, inputs[0], &self.weight, bias, output);
+    }
+
+    #[cfg(any(feature = "cuda", test))]
+    fn on_device(&self, site: &cuda::Site<'_>) -> Result<Option<Box<dyn cuda::Operation>>> {
+        let bias = self.bias.as_ref().map(|bias| singles(bias));
+        let weight = singles(&self.weight);
+        let step = cuda::Convolution::new(site, self.geometry, &weight, bias.as_deref())?;
+        Ok(Some(Box::new(step)))
     }
 
     fn needs(&self) -> Needs {

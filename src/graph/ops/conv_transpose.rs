@@ -11,9 +11,13 @@ use super::strides;
 use super::window::{Slide, sizes, two_axes};
 use crate::error::{Error, Result};
 use crate::graph::ir::Node;
+#[cfg(any(feature = "cuda", test))]
+use crate::graph::plan::singles;
 use crate::graph::plan::{
     Lower, Mode, Needs, Step, StepState, Target, Value, data_dependent, elements,
 };
+#[cfg(any(feature = "cuda", test))]
+use crate::tensor::cuda;
 use crate::tensor::kernels::Element;
 use crate::tensor::kernels::conv::{Conv2dGeometry, conv2d, conv2d_input_gradient};
 
@@ -35,6 +39,13 @@ struct ConvTranspose<T> {
 impl<T: Element> Step<T> for ConvTranspose<T> {
     fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
         conv2d_input_gradient(&self.geometry, inputs[0], &self.weight, output, false);
+    }
+
+    #[cfg(any(feature = "cuda", test))]
+    fn on_device(&self, site: &cuda::Site<'_>) -> Result<Option<Box<dyn cuda::Operation>>> {
+        let weight = singles(&self.weight);
+        let step = cuda::Convolution::new(site, self.geometry, &weight, None)?;
+        Ok(Some(Box::new(cuda::ConvolutionTransposed(step))))
     }
 
     fn needs(&self) -> Needs {

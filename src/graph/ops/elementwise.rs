@@ -11,6 +11,8 @@ use crate::graph::ir::{DataType, Node};
 use crate::graph::plan::{
     Differentiable, Follower, Lower, Mode, Needs, Step, StepState, Target, Value,
 };
+#[cfg(any(feature = "cuda", test))]
+use crate::tensor::cuda;
 use crate::tensor::kernels::{Element, map};
 
 /// Elements a parallel task takes.
@@ -56,6 +58,13 @@ impl<T: Element> Step<T> for Elementwise<T> {
         output.par_chunks_mut(CHUNK).zip(inputs[0].par_chunks(CHUNK)).for_each(|(y, x)| {
             constant!(self.function, |F| map::block(x, y, move |x| F.value(x, a, b)));
         });
+    }
+
+    #[cfg(any(feature = "cuda", test))]
+    fn on_device(&self, site: &cuda::Site<'_>) -> Result<Option<Box<dyn cuda::Operation>>> {
+        let _ = site;
+        let parameters = [self.a, self.b].map(|v| v.f64() as f32);
+        Ok(Some(Box::new(cuda::Elementwise { function: self.function as i32, parameters })))
     }
 
     fn needs(&self) -> Needs {

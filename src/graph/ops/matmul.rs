@@ -10,6 +10,8 @@ use super::{Rule, broadcast_shape};
 use crate::error::{Error, Result};
 use crate::graph::ir::Node;
 use crate::graph::plan::{Lower, Mode, Needs, Step, StepState, Target, Value};
+#[cfg(any(feature = "cuda", test))]
+use crate::tensor::cuda;
 use crate::tensor::kernels::Element;
 use crate::tensor::kernels::product::{
     MatrixRef, Output, Sizes, Start, Threads, product as multiply,
@@ -96,6 +98,14 @@ impl<T: Element> Step<T> for MatMul<T> {
             let y = Output { data: y, row_stride: n, start };
             multiply(Sizes { m, n, k }, a, b, y, threads(self.batch_a.len()));
         });
+    }
+
+    #[cfg(any(feature = "cuda", test))]
+    fn on_device(&self, site: &cuda::Site<'_>) -> Result<Option<Box<dyn cuda::Operation>>> {
+        let _ = site;
+        let transposed = self.layouts.map(|layout| layout == Layout::Transposed);
+        let batches = [self.batch_a.clone(), self.batch_b.clone()];
+        Ok(Some(Box::new(cuda::MatMul { sizes: [self.m, self.n, self.k], transposed, batches })))
     }
 
     fn needs(&self) -> Needs {

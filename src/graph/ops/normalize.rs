@@ -14,9 +14,13 @@ use super::select::choose;
 use super::{Rule, axis_index};
 use crate::error::{Error, Result};
 use crate::graph::ir::{ConstantTensor, Node};
+#[cfg(any(feature = "cuda", test))]
+use crate::graph::plan::singles;
 use crate::graph::plan::{
     Lower, Mode, Needs, Step, StepState, TapReference, Taps, Target, Value, elements, from_elements,
 };
+#[cfg(any(feature = "cuda", test))]
+use crate::tensor::cuda;
 use crate::tensor::kernels::{Element, row};
 
 pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
@@ -186,6 +190,15 @@ impl<T: Element> Step<T> for Standardize<T> {
         work.with_min_len(16).for_each(|((y, x), (mean, inverse))| {
             [*mean, *inverse] = row::standardize(x, y, epsilon, centre, self.affine());
         });
+    }
+
+    #[cfg(any(feature = "cuda", test))]
+    fn on_device(&self, site: &cuda::Site<'_>) -> Result<Option<Box<dyn cuda::Operation>>> {
+        let affine = self.affine.as_ref().map(|(scale, shift)| [singles(scale), singles(shift)]);
+        let affine = affine.as_ref().map(|pair| pair.each_ref().map(Vec::as_slice));
+        let centre = self.centre == Centre::Mean;
+        let step = cuda::Standardize::new(site, self.group, self.epsilon as f32, centre, affine)?;
+        Ok(Some(Box::new(step)))
     }
 
     fn needs(&self) -> Needs {

@@ -13,6 +13,8 @@ use super::window::{Slide, Window, sizes, slides, two_axes};
 use crate::error::{Error, Result};
 use crate::graph::ir::{DataType, Node};
 use crate::graph::plan::{Choice, Chosen, Follower, Lower, Needs, Step, StepState, Target, Value};
+#[cfg(any(feature = "cuda", test))]
+use crate::tensor::cuda;
 use crate::tensor::kernels::Element;
 use crate::tensor::kernels::blocks::first_max;
 
@@ -112,6 +114,20 @@ impl<T: Element> Step<T> for Pool {
             && self.is_plain_halving()
             && [0, 1].map(|axis| self.input[axis] / 2) == self.output;
         halves.then_some(Follower::Halve { width: self.input[1] })
+    }
+
+    #[cfg(any(feature = "cuda", test))]
+    fn on_device(&self, site: &cuda::Site<'_>) -> Result<Option<Box<dyn cuda::Operation>>> {
+        let kind = match self.kind {
+            Kind::Max => cuda::PoolKind::Max,
+            Kind::AverageOfInside => cuda::PoolKind::AverageOfInside,
+            Kind::AverageOfWindow => cuda::PoolKind::AverageOfWindow,
+            Kind::Sum => cuda::PoolKind::Sum,
+        };
+        let Window { kernel, stride, dilation, pads: [top, left, bottom, right] } = self.window;
+        let pads = [[top, left], [bottom, right]];
+        let window = [self.input, self.output, kernel, stride, dilation, pads[0], pads[1]];
+        Ok(Some(Box::new(cuda::Pool::new(site, kind, window)?)))
     }
 
     fn needs(&self) -> Needs {

@@ -9,6 +9,8 @@ use rayon::prelude::*;
 use crate::error::{Error, Result};
 use crate::graph::ir::{ConstantData, ConstantTensor};
 use crate::graph::plan::{Lower, Mode, Needs, Step, StepState, Target, Value};
+#[cfg(any(feature = "cuda", test))]
+use crate::tensor::cuda;
 use crate::tensor::kernels::Element;
 
 /// Where an output element comes from.
@@ -102,6 +104,17 @@ impl<T: Element> Step<T> for Rearrange<T> {
                 }
             }
         });
+    }
+
+    #[cfg(any(feature = "cuda", test))]
+    fn on_device(&self, site: &cuda::Site<'_>) -> Result<Option<Box<dyn cuda::Operation>>> {
+        let mut pairs = vec![Vec::new(); site.inputs.len()];
+        for run in self.runs.iter().filter(|run| run.input != FILL) {
+            let pairs = &mut pairs[run.input as usize];
+            pairs.extend((0..run.length).map(|i| (run.from + i, run.to + i)));
+        }
+        let step = cuda::Movement::new(site, &pairs, self.fill.f64() as f32)?;
+        Ok(Some(Box::new(step)))
     }
 
     fn needs(&self) -> Needs {

@@ -10,6 +10,8 @@ use super::transpose::permute;
 use crate::error::Result;
 use crate::graph::ir::Node;
 use crate::graph::plan::{Lower, Needs, Step, StepState, Target, Value};
+#[cfg(any(feature = "cuda", test))]
+use crate::tensor::cuda;
 use crate::tensor::kernels::Element;
 use crate::tensor::kernels::map::sum_axis;
 
@@ -70,6 +72,13 @@ impl<T: Element> Step<T> for Reduce {
         output.par_iter_mut().with_min_len(256).enumerate().for_each(|(o, y)| {
             *y = self.value(x, o);
         });
+    }
+
+    #[cfg(any(feature = "cuda", test))]
+    fn on_device(&self, site: &cuda::Site<'_>) -> Result<Option<Box<dyn cuda::Operation>>> {
+        let (kind, outputs) = (self.kind as i32, site.output);
+        let step = cuda::Reduce { kind, group: self.group, inner: self.inner, outputs };
+        Ok(Some(Box::new(step)))
     }
 
     fn needs(&self) -> Needs {

@@ -10,6 +10,8 @@ use super::{Rule, axis_index, broadcast_shape, strides};
 use crate::error::{Error, Result};
 use crate::graph::ir::{ConstantTensor, Node};
 use crate::graph::plan::{Differentiable, Lower, Needs, Reads, Step, StepState, Target, Value};
+#[cfg(any(feature = "cuda", test))]
+use crate::tensor::cuda;
 use crate::tensor::kernels::Element;
 
 pub(super) fn rule<T: Element>(op: &str) -> Option<Rule<T>> {
@@ -34,6 +36,12 @@ impl<T: Element> Step<T> for Choose {
         for ((y, &holds), (&yes, &no)) in output.iter_mut().zip(inputs[0]).zip(branches) {
             *y = if holds != T::ZERO { yes } else { no };
         }
+    }
+
+    #[cfg(any(feature = "cuda", test))]
+    fn on_device(&self, site: &cuda::Site<'_>) -> Result<Option<Box<dyn cuda::Operation>>> {
+        let _ = site;
+        Ok(Some(Box::new(cuda::Choose)))
     }
 
     fn needs(&self) -> Needs {

@@ -7,6 +7,8 @@ use super::{Rule, axis_index};
 use crate::error::Result;
 use crate::graph::ir::Node;
 use crate::graph::plan::{Lower, Mode, Needs, Step, StepState, Target, Value};
+#[cfg(any(feature = "cuda", test))]
+use crate::tensor::cuda;
 use crate::tensor::kernels::Element;
 use crate::tensor::kernels::map::sum;
 use crate::tensor::kernels::row;
@@ -52,6 +54,12 @@ impl<T: Element> Step<T> for Softmax {
                 }
             }
         });
+    }
+
+    #[cfg(any(feature = "cuda", test))]
+    fn on_device(&self, site: &cuda::Site<'_>) -> Result<Option<Box<dyn cuda::Operation>>> {
+        let _ = site;
+        Ok(Some(Box::new(cuda::Softmax { row: self.row, kind: self.kind as i32 })))
     }
 
     fn needs(&self) -> Needs {

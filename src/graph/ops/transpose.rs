@@ -10,6 +10,8 @@ use super::{Rule, axis_index, strides};
 use crate::error::{Error, Result};
 use crate::graph::ir::Node;
 use crate::graph::plan::{Lower, Mode, Needs, Step, StepState, Target, Value};
+#[cfg(any(feature = "cuda", test))]
+use crate::tensor::cuda;
 use crate::tensor::kernels::Element;
 use crate::tensor::kernels::turn::turn;
 
@@ -60,6 +62,13 @@ impl Swap {
 impl<T: Element> Step<T> for Swap {
     fn forward(&self, inputs: &[&[T]], output: &mut [T], _state: &mut StepState<T>) {
         self.run(inputs[0], output, Mode::Write);
+    }
+
+    #[cfg(any(feature = "cuda", test))]
+    fn on_device(&self, site: &cuda::Site<'_>) -> Result<Option<Box<dyn cuda::Operation>>> {
+        let _ = site;
+        let Self { rows, columns, piece } = *self;
+        Ok(Some(Box::new(cuda::Swap { rows, columns, piece })))
     }
 
     fn needs(&self) -> Needs {

@@ -6,6 +6,8 @@
 //! own [`Workspace`]. No gradient is computed for weights.
 
 mod compile;
+#[cfg(any(feature = "cuda", test))]
+pub mod device;
 mod lower;
 mod schedule;
 mod step;
@@ -22,6 +24,8 @@ pub use step::{
 
 pub(crate) use lower::StepRecord;
 use schedule::Schedule;
+#[cfg(any(feature = "cuda", test))]
+pub use step::singles;
 
 use crate::tensor::kernels::Element;
 

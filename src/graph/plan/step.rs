@@ -5,6 +5,10 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
+#[cfg(any(feature = "cuda", test))]
+use crate::error::Result;
+#[cfg(any(feature = "cuda", test))]
+use crate::tensor::cuda::{Operation, Site};
 use crate::tensor::kernels::Element;
 
 /// Where a step reads an operand: a value computed at run time, or data fixed at compile time.
@@ -161,11 +165,27 @@ pub trait Step<T: Element>: Send + Sync + Debug {
         None
     }
 
+    /// The same step on a GPU; `None` where only the processor has it.
+    ///
+    /// # Errors
+    /// When the device has no memory for its constants.
+    #[cfg(any(feature = "cuda", test))]
+    fn on_device(&self, site: &Site<'_>) -> Result<Option<Box<dyn Operation>>> {
+        let _ = site;
+        Ok(None)
+    }
+
     /// Takes a following step into this one, if it can.
     fn absorb(&mut self, follower: &Follower) -> Absorbed {
         let _ = follower;
         Absorbed::No
     }
+}
+
+/// Values as the GPU computes with them.
+#[cfg(any(feature = "cuda", test))]
+pub fn singles<T: Element>(values: &[T]) -> Vec<f32> {
+    values.iter().map(|value| value.f64() as f32).collect()
 }
 
 /// A function whose result only chooses: positions, masks, measured ranges. It is piecewise constant.

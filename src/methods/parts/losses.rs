@@ -22,6 +22,10 @@ fn log_sum_exp(logits: &[f32]) -> f64 {
 }
 
 impl LogitsLoss for CrossEntropy {
+    fn labels(&self) -> Option<&[usize]> {
+        Some(&self.labels)
+    }
+
     fn value(&self, index: usize, logits: &[f32]) -> f64 {
         log_sum_exp(logits) - f64::from(logits[self.labels[index]])
     }
