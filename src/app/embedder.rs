@@ -7,9 +7,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::run_folder::RunFolder;
+use super::settings;
 use crate::error::{Error, Result, ResultExt};
 use crate::graph::{CompileOptions, Dimension, Gradient, Graph, Plan, Taps, Workspace};
-use crate::meta::{Backbone, BnMode};
+use crate::meta::{BnMode, Learner, MetaModel};
 use crate::onnx;
 use crate::tensor::Images;
 
@@ -28,6 +29,13 @@ pub enum BatchNorm {
 }
 
 impl BatchNorm {
+    fn mode(self) -> BnMode {
+        match self {
+            Self::Inductive => BnMode::Running,
+            Self::Transductive => BnMode::Batch,
+        }
+    }
+
     /// The name in results and flags.
     pub fn name(self) -> &'static str {
         match self {
@@ -50,24 +58,61 @@ pub trait Embedder: Send + Sync {
     /// # Errors
     /// When the model fails, or cannot normalise in the way asked for.
     fn embed(&self, images: &Images, batch_norm: BatchNorm) -> Result<Vec<f32>>;
+
+    /// Whether queries go to the nearest class mean of the vectors; else ask [`Embedder::learn`].
+    fn rule(&self) -> Rule {
+        Rule::NearestMean
+    }
+
+    /// The classes of `query` after learning `way` classes from labelled support images.
+    ///
+    /// # Errors
+    /// When the model fails.
+    fn learn(&self, episode: &Labelled<'_>, batch_norm: BatchNorm) -> Result<Vec<usize>> {
+        let _ = (episode, batch_norm);
+        Err(Error::internal("this model answers by its vectors"))
+    }
 }
 
-/// A trained (or untrained) network in memory.
+/// How a model answers an episode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rule {
+    /// By the nearest class mean of its vectors, which can be computed beforehand.
+    NearestMean,
+    /// By adapting to the support set.
+    Adapting,
+}
+
+/// An episode's images.
 #[derive(Debug)]
-pub struct BackboneEmbedder {
-    backbone: Backbone,
+pub struct Labelled<'a> {
+    /// Support images.
+    pub support: &'a Images,
+    /// Their labels, in `0..way`.
+    pub labels: &'a [usize],
+    /// Query images.
+    pub query: &'a Images,
+    /// Number of classes.
+    pub way: usize,
+}
+
+/// A trained (or untrained) model in memory.
+#[derive(Debug)]
+pub struct ModelEmbedder {
+    model: MetaModel,
     image_size: [usize; 2],
     dim: usize,
 }
 
-impl BackboneEmbedder {
-    /// `backbone` for images of `[height, width]`.
+impl ModelEmbedder {
+    /// `model` for images of `[height, width]`.
     ///
     /// # Errors
     /// When the images are too small for it.
-    pub fn new(backbone: Backbone, image_size: [usize; 2]) -> Result<Self> {
-        let dim = backbone.embedding_dim(image_size[0], image_size[1])?;
-        Ok(Self { backbone, image_size, dim })
+    pub fn new(model: impl Into<MetaModel>, image_size: [usize; 2]) -> Result<Self> {
+        let model = model.into();
+        let dim = model.backbone().embedding_dim(image_size[0], image_size[1])?;
+        Ok(Self { model, image_size, dim })
     }
 
     /// The network of a run's newest checkpoint.
@@ -75,7 +120,7 @@ impl BackboneEmbedder {
     /// # Errors
     /// When the run has no usable checkpoint.
     pub fn trained(run: &RunFolder) -> Result<Self> {
-        Self::new(Backbone::load(&run.latest_checkpoint()?)?, run.config()?.image_size)
+        Self::new(MetaModel::load(&run.latest_checkpoint()?)?, run.config()?.image_size)
     }
 
     /// The network that the run's training started from.
@@ -84,11 +129,11 @@ impl BackboneEmbedder {
     /// When the run's settings are damaged.
     pub fn untrained(run: &RunFolder) -> Result<Self> {
         let config = run.config()?;
-        Self::new(Backbone::conv4(config.meta.width, config.seed)?, config.image_size)
+        Self::new(settings::untrained_model(&config)?, config.image_size)
     }
 }
 
-impl Embedder for BackboneEmbedder {
+impl Embedder for ModelEmbedder {
     fn image_size(&self) -> [usize; 2] {
         self.image_size
     }
@@ -98,11 +143,25 @@ impl Embedder for BackboneEmbedder {
     }
 
     fn embed(&self, images: &Images, batch_norm: BatchNorm) -> Result<Vec<f32>> {
-        let mode = match batch_norm {
-            BatchNorm::Inductive => BnMode::Running,
-            BatchNorm::Transductive => BnMode::Batch,
-        };
-        self.backbone.embed(images, mode)
+        self.model.backbone().embed(images, batch_norm.mode())
+    }
+
+    fn rule(&self) -> Rule {
+        match self.model.learner() {
+            Learner::ProtoNet => Rule::NearestMean,
+            Learner::Anil(_) | Learner::Maml(_) => Rule::Adapting,
+        }
+    }
+
+    fn learn(&self, episode: &Labelled<'_>, batch_norm: BatchNorm) -> Result<Vec<usize>> {
+        let Labelled { support, labels, query, way } = *episode;
+        let answer = self.model.classify(support, labels, query, way, batch_norm.mode())?;
+        if answer.logits.iter().any(|logit| !logit.is_finite()) {
+            return Err(Error::internal("the model gives infinite or undefined logits").hint(
+                "training has diverged: lower `meta.learning_rate` or `meta.inner.learning_rate`",
+            ));
+        }
+        Ok(answer.predictions)
     }
 }
 

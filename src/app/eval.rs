@@ -14,7 +14,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::context::Context;
-use super::embedder::{BackboneEmbedder, BatchNorm, Embedder, OnnxEmbedder};
+use super::embedder::{BatchNorm, Embedder, Labelled, ModelEmbedder, OnnxEmbedder, Rule};
 use super::run_folder::RunFolder;
 use crate::data::{
     ClassImages, Episode, EpisodeSampler, EpisodeShape, ImageFolder, ImageSet, nearest_neighbour,
@@ -185,8 +185,8 @@ pub fn evaluate_target(
         return Ok(evaluate(&model, None, options, context)?.0);
     }
     let run = RunFolder::open(target)?;
-    let model = BackboneEmbedder::trained(&run)?;
-    let untrained = BackboneEmbedder::untrained(&run)?;
+    let model = ModelEmbedder::trained(&run)?;
+    let untrained = ModelEmbedder::untrained(&run)?;
     let (result, rows) = evaluate(&model, Some(&untrained), options, context)?;
     let name = file_name(&result);
     run.write(&format!("eval/{name}.episodes.jsonl"), rows_to_jsonl(&rows)?.as_bytes())?;
@@ -234,14 +234,17 @@ enum Features<'a> {
     PerEpisode { model: &'a dyn Embedder },
     /// The pixels themselves.
     Pixels,
+    /// No vectors: the model adapts to each episode.
+    Adapting { model: &'a dyn Embedder, batch_norm: BatchNorm },
 }
 
-type Rule = fn(&[f32], &[f32], usize, usize) -> Vec<usize>;
+/// Classes of queries from support and query vectors, their length and the number of classes.
+type Nearest = fn(&[f32], &[f32], usize, usize) -> Vec<usize>;
 
 /// Everything that answers the same episodes: the model first, then the baselines.
 struct Contest<'a> {
     model: Features<'a>,
-    baselines: Vec<(&'static str, Features<'a>, Rule)>,
+    baselines: Vec<(&'static str, Features<'a>, Nearest)>,
     set: &'a ImageSet,
     context: &'a Context,
     episodes: u64,
@@ -255,14 +258,16 @@ impl<'a> Contest<'a> {
         set: &'a ImageSet,
         context: &'a Context,
     ) -> Result<Self> {
-        let features = |model: &'a dyn Embedder| match options.batch_norm {
-            BatchNorm::Inductive => {
+        let batch_norm = options.batch_norm;
+        let features = |model: &'a dyn Embedder| match (model.rule(), batch_norm) {
+            (Rule::Adapting, _) => Ok(Features::Adapting { model, batch_norm }),
+            (Rule::NearestMean, BatchNorm::Inductive) => {
                 let values = embed_all(model, set, context)?;
                 Ok::<_, Error>(Features::Table { values, dim: model.dim() })
             }
-            BatchNorm::Transductive => Ok(Features::PerEpisode { model }),
+            (Rule::NearestMean, BatchNorm::Transductive) => Ok(Features::PerEpisode { model }),
         };
-        let mut baselines: Vec<(&'static str, Features<'a>, Rule)> = Vec::new();
+        let mut baselines: Vec<(&'static str, Features<'a>, Nearest)> = Vec::new();
         if options.baselines == Baselines::All {
             if let Some(untrained) = untrained {
                 baselines.push(("untrained", features(untrained)?, nearest_prototype));
@@ -304,9 +309,19 @@ impl<'a> Contest<'a> {
     fn answers(
         &self,
         features: &Features<'_>,
-        rule: Rule,
+        rule: Nearest,
         episode: &Episode,
     ) -> Result<Vec<usize>> {
+        if let Features::Adapting { model, batch_norm } = features {
+            let way = episode.classes.len();
+            let shot = episode.support.len() / way.max(1);
+            let labels: Vec<usize> =
+                (0..episode.support.len()).map(|at| at / shot.max(1)).collect();
+            let (support, query) =
+                (self.set.select(&episode.support), self.set.select(&episode.query));
+            let images = Labelled { support: &support, labels: &labels, query: &query, way };
+            return model.learn(&images, *batch_norm);
+        }
         let (support, queries, dim) = self.vectors(features, episode)?;
         if support.iter().chain(&queries).any(|value| !value.is_finite()) {
             return Err(Error::internal(format!(
@@ -342,6 +357,9 @@ impl<'a> Contest<'a> {
             Features::Pixels => {
                 let [height, width] = self.set.size();
                 Ok((pixels(&episode.support), pixels(&episode.query), 3 * height * width))
+            }
+            Features::Adapting { .. } => {
+                Err(Error::internal("a model that adapts answers without vectors"))
             }
         }
     }

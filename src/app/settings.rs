@@ -1,9 +1,15 @@
 //! From the settings a user writes to the configurations the layers below take.
 
-use super::config::{Edge, EstimatorName, RunConfig, Schedule, SurrogateName};
+use super::config::{
+    BackboneName, Edge, EstimatorName, InnerOrder, LearnerName, RunConfig, Schedule, SurrogateName,
+};
 use crate::access::zero_order::{Estimator, ZeroOrder};
 use crate::access::{BlackOptions, Surrogate};
-use crate::meta::{self, Augmentation, ColourMap, ShiftEdge, TrainConfig};
+use crate::error::Result;
+use crate::meta::{
+    self, Architecture, Augmentation, Backbone, ColourMap, InnerLoop, Learner, MetaModel,
+    ShiftEdge, TrainConfig,
+};
 use crate::methods::invert::UNIT;
 use crate::methods::{GenerateConfig, InvertConfig, RecoverConfig};
 use crate::zoo::{Access, ModelSpec};
@@ -94,6 +100,36 @@ fn estimator(name: EstimatorName) -> Estimator {
     }
 }
 
+/// The meta-model before training.
+///
+/// # Errors
+/// When the images are too small for its backbone.
+pub fn untrained_model(config: &RunConfig) -> Result<MetaModel> {
+    let meta = &config.meta;
+    let architecture = match meta.backbone {
+        BackboneName::Conv4 => Architecture::Conv4 { width: meta.width },
+        BackboneName::ResNet10 => Architecture::ResNet10,
+        BackboneName::ResNet12 => Architecture::ResNet12,
+        BackboneName::ResNet18 => Architecture::ResNet18,
+    };
+    let inner = InnerLoop {
+        train_steps: meta.inner.train_steps,
+        test_steps: meta.inner.test_steps,
+        learning_rate: meta.inner.learning_rate,
+        order: match meta.inner.order {
+            InnerOrder::Second => meta::InnerOrder::Second,
+            InnerOrder::First => meta::InnerOrder::First,
+        },
+    };
+    let learner = match meta.learner {
+        LearnerName::ProtoNet => Learner::ProtoNet,
+        LearnerName::Anil => Learner::Anil(inner),
+        LearnerName::Maml => Learner::Maml(inner),
+    };
+    let backbone = Backbone::new(architecture, config.seed)?;
+    MetaModel::new(backbone, learner, config.image_size, config.seed)
+}
+
 /// How the meta-model is trained.
 pub fn train_config(config: &RunConfig) -> TrainConfig {
     let meta = &config.meta;
@@ -104,6 +140,7 @@ pub fn train_config(config: &RunConfig) -> TrainConfig {
         shot: meta.shot,
         query: meta.query,
         steps: meta.steps,
+        episodes_per_step: meta.episodes_per_step,
         learning_rate: meta.learning_rate,
         schedule: match meta.schedule {
             Schedule::Constant => meta::Schedule::Constant,

@@ -20,7 +20,7 @@ use super::teachers::{Lenders, TeacherOptions, open};
 use super::{Context, queries, settings};
 use crate::access::library::RuntimeOptions;
 use crate::error::{Error, ErrorKind, Result};
-use crate::meta::{Backbone, Limits, StopReason, Trainer};
+use crate::meta::{Limits, StopReason, Trainer};
 use crate::methods::parts::ImageBank;
 use crate::methods::{RecoverItem, RecoverStop, Recovered, recover};
 use crate::report::{Event, EventLog, contact_sheet};
@@ -404,9 +404,7 @@ impl Work<'_> {
         let config = settings::train_config(self.config);
         let mut trainer = match self.run.latest_checkpoint() {
             Ok(checkpoint) => Trainer::restore(config, &checkpoint)?,
-            Err(_) => {
-                Trainer::new(config, Backbone::conv4(self.config.meta.width, self.config.seed)?)
-            }
+            Err(_) => Trainer::new(config, settings::untrained_model(self.config)?),
         };
         let stage = self.context.progress.stage("meta-train", Some(self.config.meta.steps));
         stage.advance(trainer.step());

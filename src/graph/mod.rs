@@ -9,7 +9,9 @@ pub mod facts;
 pub mod ir;
 pub(crate) mod ops;
 pub mod plan;
+pub mod trainable;
 
 pub use ir::{Attribute, ConstantData, ConstantTensor, DataType, Dimension, Graph, Node, Port};
 pub use ops::unsupported_ops;
 pub use plan::{CompileOptions, Gradient, Plan, Taps, Workspace, evaluate};
+pub use trainable::Trainable;

@@ -1,29 +1,27 @@
-//! Conv4, the few-shot community's standard embedding network, as named parameters and running
-//! statistics.
+//! The embedding network of the meta-model: a graph with free weights, its named parameters and its
+//! running statistics.
 //!
-//! Four blocks of conv 3x3 (padding 1, bias), batch normalisation, ReLU, max pooling 2x2; the
-//! embedding is the flattened last map, `[width * (H >> 4) * (W >> 4)]`. Images are canonical ([0, 1],
-//! RGB); the network normalises them itself. Parameters are plain tensors: a pass takes them as
-//! variables of a tape, so the same network runs with its own weights or with fast weights.
+//! Images are canonical ([0, 1], RGB); the network normalises them itself. Parameters are plain
+//! tensors: a pass takes them as variables of a tape, so the same network runs with its own weights or
+//! with fast weights.
 
-use candle_core::{Device, Tensor};
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::error::{Error, Result};
-use crate::tensor::tape::{Activation, BatchStatistics, ConvOptions, Tape, Var};
-use crate::tensor::{Images, RngStream, TensorStore};
+use candle_core::{DType, Device, Tensor};
 
-/// Added to variances, PyTorch's default.
-pub const EPSILON: f64 = 1e-5;
+pub use super::architectures::{Architecture, EPSILON, IMAGE_MEAN, IMAGE_STD, STANDARD_WIDTH};
+use crate::error::{Error, Result, ResultExt};
+pub use crate::graph::trainable::RunningStatistics;
+use crate::graph::trainable::{NormLayer, Statistics, free_constants};
+use crate::graph::{ConstantTensor, Dimension, Graph, Trainable};
+use crate::tensor::tape::{BatchStatistics, Float, Tape, Var};
+use crate::tensor::{Images, TensorStore};
+
 /// Weight of a new batch in the running statistics, PyTorch's default.
 pub const MOMENTUM: f64 = 0.1;
-/// Mean that canonical images are normalised with, every channel.
-pub const IMAGE_MEAN: f64 = 0.5;
-/// Standard deviation that canonical images are normalised with, every channel.
-pub const IMAGE_STD: f64 = 0.25;
-/// Channels of the published Conv4 of PURER, BiDf-MKD and FREE (methods.md 1.3).
-pub const STANDARD_WIDTH: usize = 32;
 
-const BLOCKS: usize = 4;
 const CHANNELS: usize = 3;
 /// Images a pass takes at once when statistics are fixed.
 const EMBED_BATCH: usize = 64;
@@ -46,30 +44,6 @@ pub struct Parameter {
     pub value: Tensor,
 }
 
-/// Running statistics of one normalisation layer, one value a channel.
-#[derive(Debug, Clone, PartialEq)]
-pub struct RunningStatistics {
-    /// Mean.
-    pub mean: Vec<f32>,
-    /// Unbiased variance.
-    pub variance: Vec<f32>,
-}
-
-impl RunningStatistics {
-    /// Normalisation by these statistics, `factor` and `offset` as one scale and shift per channel.
-    fn scale_and_shift(&self, factor: &Var, offset: &Var) -> Result<(Var, Var)> {
-        let constant = |values: Vec<f32>| -> Result<Var> {
-            let value = tensor(values, factor.dims())?.to_dtype(factor.dtype())?;
-            Ok(factor.tape().constant(value.to_device(factor.device())?))
-        };
-        let inverse_std =
-            self.variance.iter().map(|&v| (1.0 / (f64::from(v) + EPSILON).sqrt()) as f32).collect();
-        let scale = factor.mul(&constant(inverse_std)?)?;
-        let shift = offset.sub(&scale.mul(&constant(self.mean.clone())?)?)?;
-        Ok((scale, shift))
-    }
-}
-
 /// What a pass gives.
 #[derive(Debug)]
 pub struct Embedded {
@@ -79,53 +53,66 @@ pub struct Embedded {
     pub statistics: Vec<BatchStatistics>,
 }
 
-/// A Conv4 network.
+/// The network compiled for the shapes met so far; clones of a backbone share it.
+#[derive(Debug, Default)]
+struct Compiled {
+    single: Mutex<HashMap<Vec<usize>, Arc<Trainable<f32>>>>,
+    double: Mutex<HashMap<Vec<usize>, Arc<Trainable<f64>>>>,
+}
+
+/// An embedding network.
 #[derive(Debug, Clone)]
 pub struct Backbone {
-    width: usize,
+    architecture: Architecture,
+    graph: Arc<Graph>,
     parameters: Vec<Parameter>,
+    norms: Vec<NormLayer>,
     running: Vec<RunningStatistics>,
+    compiled: Arc<Compiled>,
 }
 
 impl Backbone {
-    /// A fresh network: convolution weights N(0, 2 / (k k C_out)), their biases as PyTorch's
-    /// (uniform within 1 / sqrt(fan in)), normalisation 1 and 0 (methods.md 1.3).
+    /// A fresh Conv4 of `width` channels.
     ///
     /// # Errors
     /// When `width` is 0.
     pub fn conv4(width: usize, seed: u64) -> Result<Self> {
-        if width == 0 {
-            return Err(Error::usage("a backbone needs channels, got width `0`"));
-        }
-        let mut parameters = Vec::with_capacity(4 * BLOCKS);
-        for (name, dims) in layout(width) {
-            let n: usize = dims.iter().product();
-            let mut rng = RngStream::new(seed, "initialise", &name, 0);
-            let fan_in = if name.starts_with("conv1") { CHANNELS * 9 } else { width * 9 };
-            let values = match (name.starts_with("conv"), name.ends_with("weight")) {
-                (true, true) => {
-                    let std = (2.0 / (9 * width) as f32).sqrt();
-                    rng.normals(n).into_iter().map(|v| v * std).collect()
-                }
-                (true, false) => {
-                    let bound = 1.0 / (fan_in as f32).sqrt();
-                    (0..n).map(|_| rng.uniform_in(-bound, bound)).collect()
-                }
-                (false, true) => vec![1.0; n],
-                (false, false) => vec![0.0; n],
-            };
-            parameters.push(Parameter { name, value: tensor(values, &dims)? });
-        }
-        let fresh = RunningStatistics { mean: vec![0.0; width], variance: vec![1.0; width] };
-        Ok(Self { width, parameters, running: vec![fresh; BLOCKS] })
+        Self::new(Architecture::Conv4 { width }, seed)
     }
 
-    /// Channels of every block.
-    pub fn width(&self) -> usize {
-        self.width
+    /// A fresh network, its weights drawn by `seed`.
+    ///
+    /// # Errors
+    /// When the architecture has no channels.
+    pub fn new(architecture: Architecture, seed: u64) -> Result<Self> {
+        let graph = architecture.graph(seed)?;
+        let names = free_constants(&graph, "embedding");
+        let mut parameters = Vec::with_capacity(names.len());
+        for name in names {
+            let constant = &graph.constants[&name];
+            let value = tensor(constant.to_f32(), &constant.shape)?;
+            parameters.push(Parameter { name, value });
+        }
+        let mut own = Self {
+            architecture,
+            graph: Arc::new(graph),
+            parameters,
+            norms: Vec::new(),
+            running: Vec::new(),
+            compiled: Arc::default(),
+        };
+        // Any size that every architecture takes.
+        own.norms = own.compile::<f32>(&[1, CHANNELS, 32, 32])?.norms().to_vec();
+        own.running = own.norms.iter().map(|norm| norm.running.clone()).collect();
+        Ok(own)
     }
 
-    /// Parameters in a fixed order: conv weight, conv bias, norm weight, norm bias of each block.
+    /// Its architecture.
+    pub fn architecture(&self) -> Architecture {
+        self.architecture
+    }
+
+    /// Parameters in the order in which the network reads them.
     pub fn parameters(&self) -> &[Parameter] {
         &self.parameters
     }
@@ -138,16 +125,13 @@ impl Backbone {
     /// Length of an embedding for images of `height` x `width`.
     ///
     /// # Errors
-    /// When the image is smaller than 16 pixels on a side: nothing is left of it after four poolings.
+    /// When nothing is left of so small an image.
     pub fn embedding_dim(&self, height: usize, width: usize) -> Result<usize> {
-        let dim = self.width * (height >> BLOCKS) * (width >> BLOCKS);
-        if dim == 0 {
-            return Err(Error::usage(format!(
-                "Conv4 needs images of 16 x 16 or more, got `{height} x {width}`"
-            ))
-            .hint("choose a larger `image_size`"));
+        let trainable = self.program(DType::F32, &[1, CHANNELS, height, width])?;
+        match trainable {
+            Program::Single(program) => Ok(program.output_shape().iter().skip(1).product()),
+            Program::Double(_) => Err(Error::internal("asked for single precision")),
         }
-        Ok(dim)
     }
 
     /// The parameters as variables of a tape.
@@ -180,31 +164,46 @@ impl Backbone {
     /// # Errors
     /// When shapes do not fit.
     pub fn forward(&self, parameters: &[Var], images: &Var, mode: BnMode) -> Result<Embedded> {
-        if parameters.len() != self.parameters.len() {
-            return Err(Error::internal(format!(
-                "Conv4 takes {} parameters, got `{}`",
-                self.parameters.len(),
-                parameters.len()
-            )));
+        let statistics = match mode {
+            BnMode::Batch => Statistics::Batch,
+            BnMode::Running => Statistics::Given(&self.running),
+        };
+        let pass = match self.program(images.dtype(), images.dims())? {
+            Program::Single(program) => program.run(parameters, images, statistics)?,
+            Program::Double(program) => program.run(parameters, images, statistics)?,
+        };
+        Ok(Embedded { embedding: pass.output.flatten_rows()?, statistics: pass.statistics })
+    }
+
+    fn program(&self, dtype: DType, shape: &[usize]) -> Result<Program> {
+        let Compiled { single, double } = &*self.compiled;
+        Ok(match dtype {
+            DType::F64 => Program::Double(self.cached(double, shape)?),
+            _ => Program::Single(self.cached(single, shape)?),
+        })
+    }
+
+    fn cached<T: Float>(
+        &self,
+        cache: &Mutex<HashMap<Vec<usize>, Arc<Trainable<T>>>>,
+        shape: &[usize],
+    ) -> Result<Arc<Trainable<T>>> {
+        let lock = || cache.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(program) = lock().get(shape) {
+            return Ok(Arc::clone(program));
         }
-        let mut statistics = Vec::new();
-        let mut x = images.affine(1.0 / IMAGE_STD, -IMAGE_MEAN / IMAGE_STD)?;
-        for (block, running) in parameters.chunks_exact(4).zip(&self.running) {
-            let (factor, offset) = (&block[2], &block[3]);
-            let y = x.conv2d(&block[0], Some(&block[1]), ConvOptions::same(3))?;
-            x = match mode {
-                BnMode::Batch => {
-                    let (y, own) = y.batch_norm_relu_pool(factor, offset, EPSILON)?;
-                    statistics.push(own);
-                    y
-                }
-                BnMode::Running => {
-                    let (scale, shift) = running.scale_and_shift(factor, offset)?;
-                    y.channel_affine(&scale, &shift, Activation::Relu)?.max_pool2d(2)?
-                }
-            };
-        }
-        Ok(Embedded { embedding: x.flatten_rows()?, statistics })
+        let program = Arc::new(self.compile::<T>(shape)?);
+        lock().insert(shape.to_vec(), Arc::clone(&program));
+        Ok(program)
+    }
+
+    fn compile<T: Float>(&self, shape: &[usize]) -> Result<Trainable<T>> {
+        let names: Vec<String> = self.parameters.iter().map(|p| p.name.clone()).collect();
+        Trainable::compile(&self.graph, "images", shape, "embedding", &names).map_err(|error| {
+            Error::usage(format!("{} cannot take images of shape `{shape:?}`", self.architecture))
+                .hint("choose a larger `image_size`")
+                .context(error.to_string())
+        })
     }
 
     /// Moves the running statistics towards those of a batch, as PyTorch: weight 0.1, the variance
@@ -232,7 +231,7 @@ impl Backbone {
         let dim = self.embedding_dim(height, width)?;
         if channels != CHANNELS {
             return Err(Error::internal(format!(
-                "Conv4 takes RGB images, got channels `{channels}`"
+                "the backbone takes RGB images, got channels `{channels}`"
             )));
         }
         let batch = if mode == BnMode::Batch { n.max(1) } else { EMBED_BATCH };
@@ -248,20 +247,54 @@ impl Backbone {
         Ok(all)
     }
 
+    /// The network as a graph for images of `height` x `width`: input `images` `[batch, 3, H, W]`, canonical
+    /// ([0, 1], RGB), normalised inside; output `embedding` `[batch, d]`. Normalisation uses the running
+    /// statistics.
+    ///
+    /// # Errors
+    /// When the images are too small.
+    pub fn to_graph(&self, height: usize, width: usize) -> Result<Graph> {
+        let dim = self.embedding_dim(height, width)?;
+        let mut graph = Graph::clone(&self.graph);
+        let batch = Dimension::Symbol("batch".into());
+        let sizes = |sizes: &[usize]| -> Option<Vec<Dimension>> {
+            let sizes = sizes.iter().map(|&size| Dimension::Fixed(size));
+            Some(std::iter::once(batch.clone()).chain(sizes).collect())
+        };
+        graph.inputs[0].shape = sizes(&[CHANNELS, height, width]);
+        graph.outputs[0].shape = sizes(&[dim]);
+        let mut set = |name: &str, shape: &[usize], values: Vec<f32>| {
+            graph.constants.insert(name.into(), Arc::new(ConstantTensor::f32(shape, values)));
+        };
+        for parameter in &self.parameters {
+            set(&parameter.name, parameter.value.dims(), numbers(&parameter.value)?);
+        }
+        for (name, shape, values) in self.statistics() {
+            set(name, &shape, values.to_vec());
+        }
+        Ok(graph)
+    }
+
+    /// Names, shapes and values of the running statistics.
+    fn statistics(&self) -> impl Iterator<Item = (&str, [usize; 1], &[f32])> {
+        self.norms.iter().zip(&self.running).flat_map(|(norm, running)| {
+            let [mean, variance] = norm.constants.each_ref().map(String::as_str);
+            let size = [running.mean.len()];
+            [(mean, size, running.mean.as_slice()), (variance, size, running.variance.as_slice())]
+        })
+    }
+
     /// Writes parameters, running statistics and architecture into a store.
     ///
     /// # Errors
     /// When a parameter cannot be read from its device.
     pub fn write_to(&self, store: &mut TensorStore) -> Result<()> {
-        store.words.insert("architecture".into(), "conv4".into());
-        store.words.insert("width".into(), self.width.to_string());
+        store.words.insert("architecture".into(), self.architecture.to_string());
         for parameter in &self.parameters {
             store.insert(&parameter.name, parameter.value.dims(), numbers(&parameter.value)?);
         }
-        for (at, running) in self.running.iter().enumerate() {
-            let name = |what| format!("norm{}.running_{what}", at + 1);
-            store.insert(name("mean"), &[self.width], running.mean.clone());
-            store.insert(name("var"), &[self.width], running.variance.clone());
+        for (name, shape, values) in self.statistics() {
+            store.insert(name, &shape, values.to_vec());
         }
         Ok(())
     }
@@ -271,14 +304,13 @@ impl Backbone {
     /// # Errors
     /// When the store holds no such network, or values that are not finite.
     pub fn read_from(store: &TensorStore) -> Result<Self> {
-        let architecture = store.word("architecture")?;
-        if architecture != "conv4" {
-            return Err(Error::unsupported(format!("backbone architecture `{architecture}`")));
-        }
-        let width: usize = store.number("width")?;
-        let first = store.tensors.get("conv1.weight").and_then(|t| t.shape.first().copied());
-        if width == 0 || first != Some(width) {
-            return Err(Error::input(format!("the file's weights are not of width `{width}`")));
+        let architecture: Architecture = store.word("architecture")?.parse()?;
+        if let Architecture::Conv4 { width } = architecture {
+            // Before a network of that size is made.
+            let first = store.tensors.get("conv1.weight").and_then(|t| t.shape.first().copied());
+            if width == 0 || first != Some(width) {
+                return Err(Error::input(format!("the file's weights are not of width `{width}`")));
+            }
         }
         let values = |name: &str, dims: &[usize]| -> Result<Vec<f32>> {
             let values = store.tensor(name, dims)?;
@@ -287,25 +319,24 @@ impl Backbone {
             }
             Ok(values.to_vec())
         };
-        let mut parameters = Vec::with_capacity(4 * BLOCKS);
-        for (name, dims) in layout(width) {
-            parameters.push(Parameter { value: tensor(values(&name, &dims)?, &dims)?, name });
+        let mut own = Self::new(architecture, 0)?;
+        for parameter in &mut own.parameters {
+            let dims = parameter.value.dims().to_vec();
+            parameter.value = tensor(values(&parameter.name, &dims)?, &dims)?;
         }
-        let mut running = Vec::with_capacity(BLOCKS);
-        for block in 1..=BLOCKS {
-            running.push(RunningStatistics {
-                mean: values(&format!("norm{block}.running_mean"), &[width])?,
-                variance: values(&format!("norm{block}.running_var"), &[width])?,
-            });
+        for (norm, running) in own.norms.iter().zip(&mut own.running) {
+            let size = [running.mean.len()];
+            running.mean = values(&norm.constants[0], &size)?;
+            running.variance = values(&norm.constants[1], &size)?;
         }
-        Ok(Self { width, parameters, running })
+        Ok(own)
     }
 
     /// Writes the network to a safetensors file.
     ///
     /// # Errors
     /// When the folder cannot be written.
-    pub fn save(&self, path: &std::path::Path) -> Result<()> {
+    pub fn save(&self, path: &Path) -> Result<()> {
         let mut store = TensorStore::default();
         self.write_to(&mut store)?;
         store.save(path)
@@ -315,31 +346,20 @@ impl Backbone {
     ///
     /// # Errors
     /// When the file cannot be read or holds no such network.
-    pub fn load(path: &std::path::Path) -> Result<Self> {
-        Self::read_from(&TensorStore::load(path)?)
-            .map_err(|error| error.context(format!("`{}`", path.display())))
+    pub fn load(path: &Path) -> Result<Self> {
+        Self::read_from(&TensorStore::load(path)?).context(|| format!("`{}`", path.display()))
     }
 }
 
-/// Names and shapes of the parameters, in order.
-fn layout(width: usize) -> Vec<(String, Vec<usize>)> {
-    (1..=BLOCKS)
-        .flat_map(|block| {
-            let inputs = if block == 1 { CHANNELS } else { width };
-            [
-                (format!("conv{block}.weight"), vec![width, inputs, 3, 3]),
-                (format!("conv{block}.bias"), vec![width]),
-                (format!("norm{block}.weight"), vec![width]),
-                (format!("norm{block}.bias"), vec![width]),
-            ]
-        })
-        .collect()
+enum Program {
+    Single(Arc<Trainable<f32>>),
+    Double(Arc<Trainable<f64>>),
 }
 
 fn tensor(values: Vec<f32>, dims: &[usize]) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, dims, &Device::Cpu)?)
 }
 
-pub(super) fn numbers(tensor: &Tensor) -> Result<Vec<f32>> {
+fn numbers(tensor: &Tensor) -> Result<Vec<f32>> {
     Ok(tensor.flatten_all()?.to_vec1::<f32>()?)
 }

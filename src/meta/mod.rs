@@ -4,16 +4,19 @@
 //! [`Trainer`] meta-trains on episodes drawn from any [`ClassSource`] (in a run: the bank of recovered
 //! images). Nothing here knows where images come from or how models are reached.
 
+mod architectures;
 pub mod augment;
 pub mod backbone;
-mod backbone_graph;
 pub mod episodes;
 pub mod export;
+pub mod learner;
 pub mod protonet;
 pub mod train;
 
+pub use architectures::Architecture;
 pub use augment::{Augmentation, ColourMap, ShiftEdge};
 pub use backbone::{Backbone, BnMode};
 pub use episodes::{ClassSource, Episode, EpisodeSampler};
+pub use learner::{InnerLoop, InnerOrder, Learner, MetaModel};
 pub use protonet::{Classification, classify};
 pub use train::{Iteration, Limits, Schedule, StopReason, TrainConfig, Trainer};

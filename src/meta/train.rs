@@ -1,4 +1,4 @@
-//! Meta-training of a ProtoNet on pseudo episodes, as a loop that can be watched, stopped and resumed.
+//! Meta-training on pseudo episodes, as a loop that can be watched, stopped and resumed.
 //!
 //! Everything a step does follows from (seed, step), the parameters and the images: a resumed run
 //! ends with the same bytes as one that was never stopped, for any number of threads.
@@ -13,9 +13,10 @@ use rayon::prelude::*;
 use super::augment::{Augmentation, Draw};
 use super::backbone::{Backbone, BnMode};
 use super::episodes::{ClassSource, Episode, EpisodeSampler};
-use super::protonet::{first_largest, logit_factor, prototype_logits, prototypes};
+use super::learner::{InnerOrder, Learner, MetaModel, Task};
+use super::protonet::first_largest;
 use crate::error::{Error, Result, ResultExt};
-use crate::tensor::tape::{Order, Tape, Var, grad};
+use crate::tensor::tape::{BatchStatistics, Order, Tape, Var, grad};
 use crate::tensor::{Adam, AdamOptions, RngStream, TensorStore};
 
 /// How the learning rate moves over the steps.
@@ -38,8 +39,10 @@ pub struct TrainConfig {
     pub shot: usize,
     /// Query images a class.
     pub query: usize,
-    /// Episodes (one a step).
+    /// Steps of the outer optimiser.
     pub steps: u64,
+    /// Episodes a step, whose gradients are averaged.
+    pub episodes_per_step: usize,
     /// Learning rate of Adam.
     pub learning_rate: f64,
     /// How it moves.
@@ -99,37 +102,45 @@ pub struct Iteration {
     pub seconds: f64,
 }
 
-/// A backbone in training: parameters, optimiser and position.
+/// A model in training: parameters, optimiser and position.
 #[derive(Debug, Clone)]
 pub struct Trainer {
     config: TrainConfig,
-    backbone: Backbone,
+    model: MetaModel,
     adam: Adam,
     step: u64,
 }
 
+/// What one episode gives.
 struct Outcome {
     loss: f64,
     accuracy: f64,
-    finite: bool,
+    gradients: Vec<Tensor>,
+    statistics: Vec<BatchStatistics>,
 }
 
 impl Trainer {
-    /// Starts training `backbone`.
-    pub fn new(config: TrainConfig, backbone: Backbone) -> Self {
-        let lengths = backbone.parameters().iter().map(|p| p.value.elem_count());
+    /// Starts training `model`; a backbone alone is a ProtoNet.
+    pub fn new(config: TrainConfig, model: impl Into<MetaModel>) -> Self {
+        let model = model.into();
+        let lengths: Vec<usize> = model.parameters().map(|p| p.value.elem_count()).collect();
         let adam = Adam::new(AdamOptions::STANDARD, lengths);
-        Self { config, backbone, adam, step: 0 }
+        Self { config, model, adam, step: 0 }
     }
 
-    /// The network as it stands.
+    /// The model as it stands.
+    pub fn model(&self) -> &MetaModel {
+        &self.model
+    }
+
+    /// Its network as it stands.
     pub fn backbone(&self) -> &Backbone {
-        &self.backbone
+        self.model.backbone()
     }
 
     /// The network, consuming the trainer.
     pub fn into_backbone(self) -> Backbone {
-        self.backbone
+        self.model.into_backbone()
     }
 
     /// Steps done.
@@ -150,7 +161,7 @@ impl Trainer {
         let c = &self.config;
         let sampler = EpisodeSampler::new(source, c.way, c.shot, c.query, c.cross_model_share)?;
         let [height, width] = source.image_size();
-        self.backbone.embedding_dim(height, width)?;
+        self.model.backbone().embedding_dim(height, width)?;
         let (start, first) = (Instant::now(), self.step);
         while self.step < self.config.steps {
             if limits.steps.is_some_and(|most| self.step - first >= most) {
@@ -160,17 +171,12 @@ impl Trainer {
                 return Ok(StopReason::TimeLimit);
             }
             let begin = Instant::now();
-            let outcome = self.one_step(source, &sampler)?;
-            if !outcome.finite {
+            let Some([loss, accuracy]) = self.one_step(source, &sampler)? else {
                 return Ok(StopReason::Diverged);
-            }
-            self.step += 1;
-            let iteration = Iteration {
-                step: self.step,
-                loss: outcome.loss,
-                accuracy: outcome.accuracy,
-                seconds: begin.elapsed().as_secs_f64(),
             };
+            self.step += 1;
+            let seconds = begin.elapsed().as_secs_f64();
+            let iteration = Iteration { step: self.step, loss, accuracy, seconds };
             if observe(self, &iteration).is_break() {
                 return Ok(StopReason::Interrupted);
             }
@@ -178,36 +184,86 @@ impl Trainer {
         Ok(StopReason::Done)
     }
 
-    fn one_step(&mut self, source: &dyn ClassSource, sampler: &EpisodeSampler) -> Result<Outcome> {
-        let mut rng = RngStream::new(self.config.seed, "episode", "", self.step);
+    /// One step of the outer optimiser: mean loss and accuracy, or `None` when they are not finite, and
+    /// then nothing has changed.
+    fn one_step(
+        &mut self,
+        source: &dyn ClassSource,
+        sampler: &EpisodeSampler,
+    ) -> Result<Option<[f64; 2]>> {
+        let episodes = self.config.episodes_per_step.max(1);
+        let outcomes: Vec<Outcome> = (0..episodes)
+            .into_par_iter()
+            .map(|number| self.one_episode(source, sampler, number as u64))
+            .collect::<Result<_>>()?;
+        let share = 1.0 / episodes as f64;
+        let mean = |value: fn(&Outcome) -> f64| outcomes.iter().map(value).sum::<f64>() * share;
+        let (loss, accuracy) = (mean(|o| o.loss), mean(|o| o.accuracy));
+        let mut gradients = outcomes[0].gradients.clone();
+        for outcome in &outcomes[1..] {
+            for (sum, gradient) in gradients.iter_mut().zip(&outcome.gradients) {
+                *sum = (&*sum + gradient)?;
+            }
+        }
+        if episodes > 1 {
+            for gradient in &mut gradients {
+                *gradient = (&*gradient * share)?;
+            }
+        }
+        if !loss.is_finite() || !all_finite(&gradients)? {
+            return Ok(None);
+        }
+        let mut values: Vec<Tensor> = self.model.parameters().map(|p| p.value.clone()).collect();
+        let rate = self.config.learning_rate_at(self.step);
+        self.adam.step_tensors(rate, &mut values, &gradients)?;
+        self.model.set_parameters(values)?;
+        for outcome in &outcomes {
+            self.model.backbone_mut().update_running(&outcome.statistics);
+        }
+        Ok(Some([loss, accuracy]))
+    }
+
+    /// Loss, accuracy and gradients of episode `number` of this step.
+    fn one_episode(
+        &self,
+        source: &dyn ClassSource,
+        sampler: &EpisodeSampler,
+        number: u64,
+    ) -> Result<Outcome> {
+        let c = &self.config;
+        let index = self.step * c.episodes_per_step.max(1) as u64 + number;
+        let mut rng = RngStream::new(c.seed, "episode", "", index);
         let episode = sampler.draw(&mut rng);
         let draws: Vec<Draw> =
-            episode.images.iter().map(|_| self.config.augmentation.draw(&mut rng)).collect();
+            episode.images.iter().map(|_| c.augmentation.draw(&mut rng)).collect();
         let tape = Tape::new();
         let images = tape.constant(read_images(source, &episode, &draws)?);
-        let parameters = self.backbone.leaves(&tape);
-        let embedded = self.backbone.forward(&parameters, &images, BnMode::Batch)?;
-        let logits = episode_logits(&embedded.embedding, &episode, self.config.way)?;
-        let loss = logits.cross_entropy(&episode.query_labels)?;
+        let parameters = self.model.leaves(&tape);
+        let n_support = episode.support_labels.len();
+        let support = images.narrow(0, 0, n_support)?;
+        let query = images.narrow(0, n_support, episode.query_labels.len())?;
+        let labels = episode.support_labels.as_slice();
+        let task = Task { support: &support, labels, query: &query, way: c.way };
+        let (steps, order) = match self.model.learner() {
+            Learner::ProtoNet => (0, Order::First),
+            Learner::Anil(inner) | Learner::Maml(inner) => match inner.order {
+                InnerOrder::Second => (inner.train_steps, Order::Higher),
+                InnerOrder::First => (inner.train_steps, Order::First),
+            },
+        };
+        let answer = self.model.answer(&parameters, task, steps, order, BnMode::Batch)?;
+        let loss = answer.logits.cross_entropy(&episode.query_labels)?;
         let wrt: Vec<&Var> = parameters.iter().collect();
-        let gradients: Vec<Tensor> = grad(&loss, &wrt, Order::First)?
+        let gradients = grad(&loss, &wrt, Order::First)?
             .into_iter()
             .map(|gradient| gradient.value().clone())
             .collect();
-        let outcome = Outcome {
+        Ok(Outcome {
             loss: loss.scalar()?,
-            accuracy: accuracy(&logits, &episode)?,
-            finite: loss.scalar()?.is_finite() && all_finite(&gradients)?,
-        };
-        if outcome.finite {
-            let mut values: Vec<Tensor> =
-                self.backbone.parameters().iter().map(|p| p.value.clone()).collect();
-            let rate = self.config.learning_rate_at(self.step);
-            self.adam.step_tensors(rate, &mut values, &gradients)?;
-            self.backbone.set_parameters(values)?;
-            self.backbone.update_running(&embedded.statistics);
-        }
-        Ok(outcome)
+            accuracy: accuracy(&answer.logits, &episode)?,
+            gradients,
+            statistics: answer.statistics,
+        })
     }
 
     /// The whole state: network, optimiser, position, configuration.
@@ -216,9 +272,9 @@ impl Trainer {
     /// When a parameter cannot be read from its device.
     pub fn to_store(&self) -> Result<TensorStore> {
         let mut store = TensorStore::default();
-        self.backbone.write_to(&mut store)?;
+        self.model.write_to(&mut store)?;
         let (first, second) = self.adam.moments();
-        for (at, parameter) in self.backbone.parameters().iter().enumerate() {
+        for (at, parameter) in self.model.parameters().enumerate() {
             let dims = parameter.value.dims();
             store.insert(format!("adam.first.{}", parameter.name), dims, first[at].clone());
             store.insert(format!("adam.second.{}", parameter.name), dims, second[at].clone());
@@ -234,7 +290,7 @@ impl Trainer {
     /// # Errors
     /// When the state is incomplete or was made under another configuration.
     pub fn from_store(config: TrainConfig, store: &TensorStore) -> Result<Self> {
-        let backbone = Backbone::read_from(store)?;
+        let model = MetaModel::read_from(store)?;
         let own = format!("{config:?}");
         if store.word("config")? != own {
             return Err(Error::input(format!(
@@ -244,9 +300,8 @@ impl Trainer {
             .hint("resume with the configuration of that run, or start a new run"));
         }
         let moments = |what: &str| -> Result<Vec<Vec<f32>>> {
-            backbone
+            model
                 .parameters()
-                .iter()
                 .map(|p| {
                     let name = format!("adam.{what}.{}", p.name);
                     Ok(store.tensor(&name, p.value.dims())?.to_vec())
@@ -259,7 +314,7 @@ impl Trainer {
             moments("first")?,
             moments("second")?,
         )?;
-        Ok(Self { config, adam, step: store.number("step")?, backbone })
+        Ok(Self { config, adam, step: store.number("step")?, model })
     }
 
     /// Writes the state to a safetensors file, which appears whole or not at all.
@@ -278,15 +333,6 @@ impl Trainer {
         let store = TensorStore::load(path)?;
         Self::from_store(config, &store).context(|| format!("`{}`", path.display()))
     }
-}
-
-/// Logits of the queries, times the factor of training.
-fn episode_logits(embedding: &Var, episode: &Episode, way: usize) -> Result<Var> {
-    let n_support = episode.support_labels.len();
-    let support = embedding.narrow(0, 0, n_support)?;
-    let query = embedding.narrow(0, n_support, episode.query_labels.len())?;
-    let means = prototypes(&support, &episode.support_labels, way)?;
-    prototype_logits(&query, &means)?.scale(logit_factor(embedding.dims()[1]))
 }
 
 fn accuracy(logits: &Var, episode: &Episode) -> Result<f64> {

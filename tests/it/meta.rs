@@ -69,6 +69,7 @@ fn config() -> TrainConfig {
         shot: 2,
         query: 3,
         steps: 6,
+        episodes_per_step: 1,
         learning_rate: 2e-3,
         schedule: Schedule::Cosine,
         cross_model_share: 0.5,

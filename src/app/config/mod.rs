@@ -11,8 +11,9 @@ use serde_yaml::Value;
 pub mod types;
 
 pub use types::{
-    AugmentationConfig, BlackBoxConfig, ColorConfig, Edge, EstimatorName, EvalConfig, ExportForm,
-    MetaConfig, Method, RecoverConfig, RunConfig, Schedule, SurrogateName, WhiteBoxConfig,
+    AugmentationConfig, BackboneName, BlackBoxConfig, ColorConfig, Edge, EstimatorName, EvalConfig,
+    ExportForm, InnerConfig, InnerOrder, LearnerName, MetaConfig, Method, RecoverConfig, RunConfig,
+    Schedule, SurrogateName, WhiteBoxConfig,
 };
 
 use crate::error::{Error, Result, ResultExt};

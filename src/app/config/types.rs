@@ -160,10 +160,18 @@ pub enum EstimatorName {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct MetaConfig {
-    /// Channels of the Conv4 backbone.
+    /// The embedding network.
+    pub backbone: BackboneName,
+    /// Channels of Conv4.
     pub width: usize,
-    /// Steps, of one episode each.
+    /// The few-shot rule.
+    pub learner: LearnerName,
+    /// Gradient steps on the support set, of `anil` and `maml`.
+    pub inner: InnerConfig,
+    /// Steps of the outer optimiser.
     pub steps: u64,
+    /// Episodes a step (the meta-batch); their gradients are averaged.
+    pub episodes_per_step: usize,
     /// Classes in an episode.
     pub way: usize,
     /// Support images a class.
@@ -180,6 +188,56 @@ pub struct MetaConfig {
     pub augmentation: AugmentationConfig,
     /// Steps between checkpoints.
     pub checkpoint_every: u64,
+}
+
+/// The embedding network (methods.md 1.3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum BackboneName {
+    /// Four convolutions of `width` channels.
+    Conv4,
+    /// ResNet-10 for small images.
+    ResNet10,
+    /// ResNet-12 of the few-shot literature.
+    ResNet12,
+    /// ResNet-18 for small images.
+    ResNet18,
+}
+
+/// The few-shot rule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum LearnerName {
+    /// Nearest class mean of embeddings.
+    ProtoNet,
+    /// A linear head takes gradient steps on the support set.
+    Anil,
+    /// All weights do.
+    Maml,
+}
+
+/// Gradient steps on the support set (methods.md 1.5).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct InnerConfig {
+    /// Steps in meta-training.
+    pub train_steps: usize,
+    /// Steps on a new task.
+    pub test_steps: usize,
+    /// Their learning rate.
+    pub learning_rate: f64,
+    /// Which derivatives of the steps the outer gradient sees.
+    pub order: InnerOrder,
+}
+
+/// Which derivatives of the inner steps the outer gradient sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum InnerOrder {
+    /// All: exact, through the steps.
+    Second,
+    /// The steps' gradients count as constants.
+    First,
 }
 
 /// How the learning rate moves over the steps.
@@ -330,8 +388,12 @@ impl Default for BlackBoxConfig {
 impl Default for MetaConfig {
     fn default() -> Self {
         Self {
+            backbone: BackboneName::Conv4,
             width: crate::meta::backbone::STANDARD_WIDTH,
+            learner: LearnerName::ProtoNet,
+            inner: InnerConfig::default(),
             steps: 600,
+            episodes_per_step: 1,
             way: 5,
             shot: 5,
             query: 7,
@@ -341,6 +403,13 @@ impl Default for MetaConfig {
             augmentation: AugmentationConfig::default(),
             checkpoint_every: 100,
         }
+    }
+}
+
+impl Default for InnerConfig {
+    fn default() -> Self {
+        // Those of BiDf-MKD and FREE (methods.md 1.5).
+        Self { train_steps: 5, test_steps: 10, learning_rate: 0.01, order: InnerOrder::Second }
     }
 }
 

@@ -8,7 +8,7 @@ use super::Rule;
 use super::binary::{Binary, emit};
 use super::normalize::watched;
 use super::rearrange::{Source, rearrange};
-use super::window::{Slide, slides, two_axes};
+use super::window::{Slide, Window, slides, two_axes};
 use crate::error::{Error, Result};
 use crate::graph::ir::{ConstantTensor, Node};
 #[cfg(any(feature = "cuda", test))]
@@ -125,6 +125,34 @@ pub(super) fn emit_conv<T: Element>(
     let bias = bias.map(|bias| Arc::new(elements(bias)));
     let weights = Weights { shape: ws.clone(), values: elements(weight) };
     sliding(lower, x, weights, bias, &slides, groups)
+}
+
+/// The geometry of a `Conv` node over two axes: input `x` [N, C, H, W], weights `w` [O, C/groups, kh, kw].
+///
+/// # Errors
+/// When sizes or attributes do not fit.
+pub(in crate::graph) fn conv_geometry(
+    node: &Node,
+    x: &[usize],
+    w: &[usize],
+) -> Result<Conv2dGeometry> {
+    let groups = checked_groups(node, x, w)?;
+    let Window { kernel, stride, dilation, pads } = two_axes(&slides(node, &w[2..], &x[2..])?)?;
+    let geometry = Conv2dGeometry {
+        batch: x[0],
+        in_channels: x[1],
+        input: [x[2], x[3]],
+        out_channels: w[0],
+        kernel,
+        stride,
+        dilation,
+        pads,
+        groups,
+    };
+    if geometry.output().contains(&0) {
+        return Err(Error::input(format!("kernel {kernel:?} is larger than input `{x:?}`")));
+    }
+    Ok(geometry)
 }
 
 /// Weights [O, C/groups, ...].

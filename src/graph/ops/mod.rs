@@ -46,8 +46,10 @@ use super::plan::Lower;
 use crate::error::{Error, Result};
 use crate::tensor::kernels::Element;
 
+pub(in crate::graph) use conv::conv_geometry;
 pub(crate) use elementwise::copy;
 pub(crate) use fusion::fuse;
+pub(in crate::graph) use pool::block_side;
 
 /// A lowering rule.
 pub(crate) type Rule<T> = for<'g> fn(&mut Lower<'g, T>, &'g Node) -> Result<()>;

@@ -373,6 +373,28 @@ fn windows(node: &Node, x: &Value, op: &str) -> Result<Windows> {
     Ok(Windows { kind, slides, output })
 }
 
+/// The side of the square blocks, without overlap or gap, that a pooling node of an `[height, width]` image
+/// cuts it into; `None` where its windows are others.
+///
+/// # Errors
+/// When the windows do not fit.
+pub(in crate::graph) fn block_side(node: &Node, size: [usize; 2]) -> Result<Option<usize>> {
+    let kernel = sizes(node, "kernel_shape", 0, 2)?;
+    let slides = slides(node, &kernel, &size)?;
+    let ceil = node.int("ceil_mode", 0)? != 0;
+    let side = slides[0].kernel;
+    let block = Slide { kernel: side, stride: side, dilation: 1, pads: [0, 0] };
+    for (slide, &size) in slides.iter().zip(&size) {
+        if *slide != block || side > LARGEST_BLOCK || positions(slide, size, ceil)? != size / side {
+            return Ok(None);
+        }
+    }
+    Ok(Some(side))
+}
+
+/// Side of the largest block that the tape pools.
+const LARGEST_BLOCK: usize = 15;
+
 fn pool<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Node) -> Result<()> {
     let x = lower.input(node, 0)?;
     let y = emit_pool(lower, node, &x, &node.op_type)?;

@@ -113,7 +113,7 @@ impl<T: Element> Plan<T> {
 }
 
 /// Indices of the nodes that `output` depends on.
-fn needed_nodes(graph: &Graph, output: &str) -> HashSet<usize> {
+pub(in crate::graph) fn needed_nodes(graph: &Graph, output: &str) -> HashSet<usize> {
     let mut wanted: HashSet<&str> = HashSet::from([output]);
     let mut needed = HashSet::new();
     for (index, node) in graph.nodes.iter().enumerate().rev() {

@@ -149,7 +149,7 @@ pub struct Lower<'g, T> {
 const INLINED: usize = 1 << 18;
 
 impl<'g, T: Element> Lower<'g, T> {
-    pub(super) fn new(graph: &'g Graph) -> Self {
+    pub(in crate::graph) fn new(graph: &'g Graph) -> Self {
         let values = graph
             .constants
             .iter()
@@ -168,22 +168,37 @@ impl<'g, T: Element> Lower<'g, T> {
     }
 
     /// Makes a run-time value of `shape`.
-    pub(super) fn live(&mut self, shape: Vec<usize>, dtype: DataType) -> Value {
+    pub(in crate::graph) fn live(&mut self, shape: Vec<usize>, dtype: DataType) -> Value {
         let id = self.lengths.len();
         self.lengths.push(shape.iter().product());
         Value::Live { id, shape, dtype }
     }
 
-    pub(super) fn define(&mut self, name: &'g str, value: Value) {
+    pub(in crate::graph) fn define(&mut self, name: &'g str, value: Value) {
         self.values.insert(name, value);
     }
 
-    pub(super) fn lookup(&self, name: &str) -> Option<&Value> {
+    pub(in crate::graph) fn lookup(&self, name: &str) -> Option<&Value> {
         self.values.get(name)
     }
 
+    /// The steps recorded since this was last called.
+    pub(in crate::graph) fn take_steps(&mut self) -> Vec<StepRecord<T>> {
+        std::mem::take(&mut self.steps)
+    }
+
+    /// Number of run-time values so far.
+    pub(in crate::graph) fn count(&self) -> usize {
+        self.lengths.len()
+    }
+
+    /// Elements of run-time value `id`.
+    pub(in crate::graph) fn length(&self, id: usize) -> usize {
+        self.lengths[id]
+    }
+
     /// Sets the node whose operator is being lowered.
-    pub(super) fn enter(&mut self, node: &'g Node) {
+    pub(in crate::graph) fn enter(&mut self, node: &'g Node) {
         self.node = Some(node);
     }
 

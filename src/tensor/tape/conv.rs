@@ -70,7 +70,7 @@ impl Conv {
         match self.kind {
             Kind::Forward => [g.batch, g.out_channels, height, width],
             Kind::Input => [g.batch, g.in_channels, g.input[0], g.input[1]],
-            Kind::Weight => [g.out_channels, g.in_channels, g.kernel[0], g.kernel[1]],
+            Kind::Weight => [g.out_channels, g.in_channels / g.groups, g.kernel[0], g.kernel[1]],
         }
     }
 
@@ -102,6 +102,12 @@ impl Conv {
     fn by_candle(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         let g = &self.geometry;
         let (stride, padding) = (g.stride[0], g.pads[0]);
+        let square = g.stride == [stride; 2] && g.pads == [padding; 4] && g.dilation == [1, 1];
+        if !square || g.groups != 1 {
+            return Err(Error::unsupported(format!(
+                "a convolution with uneven strides or pads, dilation or groups on this device: `{g:?}`"
+            )));
+        }
         Ok(match self.kind {
             Kind::Forward => a.conv2d(b, padding, stride, 1, 1)?,
             Kind::Input => {
@@ -192,16 +198,31 @@ impl Var {
     /// # Errors
     /// When the shapes do not fit.
     pub fn conv2d(&self, weight: &Self, bias: Option<&Self>, options: ConvOptions) -> Result<Self> {
-        let (x, w) = (self.dims4()?, weight.dims4()?);
-        let geometry = options.geometry(x, w);
-        let [height, width] = geometry.output();
-        if x[1] != w[1]
-            || options.stride == 0
-            || height * width == 0
-            || bias.is_some_and(|b| b.dims() != [w[0]])
-        {
+        self.convolve(weight, bias, options.geometry(self.dims4()?, weight.dims4()?))
+    }
+
+    /// 2-D convolution of any geometry: images `[N, C, H, W]`, weights `[O, C / groups, kh, kw]`, bias
+    /// `[O]`; strides, dilations, pads and groups as `geometry` says, whose sizes are those of the operands.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn convolve(
+        &self,
+        weight: &Self,
+        bias: Option<&Self>,
+        geometry: Conv2dGeometry,
+    ) -> Result<Self> {
+        let (x, w, g) = (self.dims4()?, weight.dims4()?, geometry);
+        let fits = g.stride[0] * g.stride[1] * g.groups > 0
+            && x == [g.batch, g.in_channels, g.input[0], g.input[1]]
+            && w == [g.out_channels, g.in_channels / g.groups, g.kernel[0], g.kernel[1]]
+            && g.in_channels % g.groups == 0
+            && g.out_channels % g.groups == 0
+            && g.output()[0] * g.output()[1] > 0
+            && bias.is_none_or(|b| b.dims() == [w[0]]);
+        if !fits {
             return Err(Error::internal(format!(
-                "convolution of {x:?} with weights {w:?}, {options:?} and bias `{:?}`",
+                "convolution of {x:?} with weights {w:?}, {geometry:?} and bias `{:?}`",
                 bias.map(Self::dims)
             )));
         }

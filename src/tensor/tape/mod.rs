@@ -10,6 +10,7 @@
 
 mod arithmetic;
 mod conv;
+mod custom;
 mod grad;
 mod loss;
 mod matmul;
@@ -30,9 +31,11 @@ use candle_core::{DType, Device, Tensor};
 use crate::error::{Error, Result};
 
 pub use conv::ConvOptions;
+pub use custom::{Operation, tensor_of, with_slices};
 pub use grad::{Order, grad, vjp};
 pub use norm::{Activation, BatchStatistics};
 pub use reduce::KeepDims;
+pub use value::Float;
 
 /// A rule of differentiation: from the cotangent of an output to those of its inputs.
 trait Rule {

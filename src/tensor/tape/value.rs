@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::tensor::kernels::Element;
 
 /// Element types the tape computes in.
-pub(super) trait Float: Element + WithDType {}
+pub trait Float: Element + WithDType {}
 
 impl Float for f32 {}
 impl Float for f64 {}

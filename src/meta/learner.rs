@@ -1,0 +1,371 @@
+//! The few-shot rule around a backbone: ProtoNet, ANIL or MAML.
+//!
+//! * *ProtoNet* (Snell et al. 2017): queries go to the nearest class mean of the embeddings.
+//! * *MAML* (Finn et al. 2017; methods.md 1.5): all weights take gradient steps on the support set.
+//! * *ANIL* (Raghu et al. 2020): only the linear head does, on embeddings that stay.
+//!
+//! The head of the last two is one row, the same for every class before the first step (Ye and Chao
+//! 2022): nothing depends on the order of the classes, and a model trained with any number of ways is
+//! tested with any other.
+
+use candle_core::{Device, Tensor};
+
+use super::backbone::{Backbone, BnMode, Parameter};
+use super::protonet::{
+    Classification, classify, first_largest, logit_factor, prototype_logits, prototypes,
+};
+use crate::error::{Error, Result, ResultExt};
+use crate::tensor::tape::{BatchStatistics, Order, Tape, Var, grad};
+use crate::tensor::{Images, RngStream, TensorStore};
+
+/// Which derivatives of the inner loop the outer gradient sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InnerOrder {
+    /// All: the gradient through the inner steps.
+    Second,
+    /// The inner gradients count as constants.
+    First,
+}
+
+/// Gradient steps on the support set.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct InnerLoop {
+    /// Steps in meta-training.
+    pub train_steps: usize,
+    /// Steps on a new task.
+    pub test_steps: usize,
+    /// Their learning rate.
+    pub learning_rate: f64,
+    /// What the outer gradient sees of them.
+    pub order: InnerOrder,
+}
+
+/// The few-shot rule.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Learner {
+    /// Nearest class mean.
+    ProtoNet,
+    /// A linear head that adapts.
+    Anil(InnerLoop),
+    /// Backbone and head that adapt.
+    Maml(InnerLoop),
+}
+
+impl Learner {
+    /// The name in settings and files.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::ProtoNet => "protonet",
+            Self::Anil(_) => "anil",
+            Self::Maml(_) => "maml",
+        }
+    }
+
+    fn inner(&self) -> Option<InnerLoop> {
+        match self {
+            Self::ProtoNet => None,
+            Self::Anil(inner) | Self::Maml(inner) => Some(*inner),
+        }
+    }
+}
+
+/// What a task looks like to the learner; images are `[n, 3, H, W]`, on one tape.
+#[derive(Debug, Clone, Copy)]
+pub struct Task<'a> {
+    /// Support images.
+    pub support: &'a Var,
+    /// Their labels, in `0..way`.
+    pub labels: &'a [usize],
+    /// Query images.
+    pub query: &'a Var,
+    /// Number of classes.
+    pub way: usize,
+}
+
+/// Logits of the queries and what was seen on the way.
+#[derive(Debug)]
+pub struct Answer {
+    /// `[queries, way]`; ProtoNet's are times the factor of training.
+    pub logits: Var,
+    /// Batch statistics of the last pass, for the running averages.
+    pub statistics: Vec<BatchStatistics>,
+}
+
+/// Backbone and rule: what is meta-trained.
+#[derive(Debug, Clone)]
+pub struct MetaModel {
+    backbone: Backbone,
+    learner: Learner,
+    /// The head's row `[1, d]` and offset `[1]`; empty for ProtoNet.
+    head: Vec<Parameter>,
+}
+
+impl From<Backbone> for MetaModel {
+    /// ProtoNet.
+    fn from(backbone: Backbone) -> Self {
+        Self { backbone, learner: Learner::ProtoNet, head: Vec::new() }
+    }
+}
+
+impl MetaModel {
+    /// `backbone` under `learner` for images of `[height, width]`; a head is drawn by `seed`, uniform
+    /// within 1 / sqrt(d) as PyTorch's linear layer, its offset 0.
+    ///
+    /// # Errors
+    /// When the images are too small for the backbone.
+    pub fn new(
+        backbone: Backbone,
+        learner: Learner,
+        [height, width]: [usize; 2],
+        seed: u64,
+    ) -> Result<Self> {
+        let dim = backbone.embedding_dim(height, width)?;
+        let mut head = Vec::new();
+        if learner != Learner::ProtoNet {
+            let mut rng = RngStream::new(seed, "initialise", "head.weight", 0);
+            let bound = 1.0 / (dim as f32).sqrt();
+            let row: Vec<f32> = (0..dim).map(|_| rng.uniform_in(-bound, bound)).collect();
+            let parameter = |name: &str, values: Vec<f32>, dims: &[usize]| -> Result<Parameter> {
+                let value = Tensor::from_vec(values, dims, &Device::Cpu)?;
+                Ok(Parameter { name: name.into(), value })
+            };
+            head.push(parameter("head.weight", row, &[1, dim])?);
+            head.push(parameter("head.bias", vec![0.0], &[1])?);
+        }
+        Ok(Self { backbone, learner, head })
+    }
+
+    /// The embedding network.
+    pub fn backbone(&self) -> &Backbone {
+        &self.backbone
+    }
+
+    /// The embedding network, for its running statistics.
+    pub fn backbone_mut(&mut self) -> &mut Backbone {
+        &mut self.backbone
+    }
+
+    /// The embedding network, consuming the model.
+    pub fn into_backbone(self) -> Backbone {
+        self.backbone
+    }
+
+    /// The rule.
+    pub fn learner(&self) -> Learner {
+        self.learner
+    }
+
+    /// All that is trained: the backbone's parameters, then the head's.
+    pub fn parameters(&self) -> impl Iterator<Item = &Parameter> {
+        self.backbone.parameters().iter().chain(&self.head)
+    }
+
+    /// The parameters as variables of a tape.
+    pub fn leaves(&self, tape: &Tape) -> Vec<Var> {
+        self.parameters().map(|p| tape.leaf(p.value.clone())).collect()
+    }
+
+    /// Replaces the parameters, in the order of [`MetaModel::parameters`].
+    ///
+    /// # Errors
+    /// When the number or a shape differs.
+    pub fn set_parameters(&mut self, mut values: Vec<Tensor>) -> Result<()> {
+        let head = values.split_off(self.backbone.parameters().len().min(values.len()));
+        if head.len() != self.head.len() {
+            return Err(Error::internal("parameters do not fit this model"));
+        }
+        self.backbone.set_parameters(values)?;
+        for (parameter, value) in self.head.iter_mut().zip(head) {
+            parameter.value = value;
+        }
+        Ok(())
+    }
+
+    /// Logits of the queries after `steps` inner steps (ProtoNet takes none), with `parameters` in the
+    /// order of [`MetaModel::parameters`], on the task's tape. In [`BnMode::Batch`] ProtoNet normalises
+    /// support and queries together, the others each on its own.
+    ///
+    /// # Errors
+    /// When shapes do not fit, or an operation has no second derivative and `order` asks for it.
+    pub fn answer(
+        &self,
+        parameters: &[Var],
+        task: Task<'_>,
+        steps: usize,
+        order: Order,
+        mode: BnMode,
+    ) -> Result<Answer> {
+        let (body, head) = parameters.split_at(self.backbone.parameters().len());
+        match self.learner {
+            Learner::ProtoNet => self.nearest_mean(body, task, mode),
+            Learner::Anil(inner) => {
+                let seen = self.backbone.forward(body, task.support, mode)?;
+                let features = seen.embedding;
+                let mut head = spread(head, task.way)?;
+                for _ in 0..steps {
+                    let loss = linear(&features, &head)?.cross_entropy(task.labels)?;
+                    head = descend(&loss, &head, inner.learning_rate, order)?;
+                }
+                let seen = self.backbone.forward(body, task.query, mode)?;
+                Ok(Answer { logits: linear(&seen.embedding, &head)?, statistics: seen.statistics })
+            }
+            Learner::Maml(inner) => {
+                let mut fast = body.to_vec();
+                fast.extend(spread(head, task.way)?);
+                for _ in 0..steps {
+                    let (body, head) = fast.split_at(body.len());
+                    let seen = self.backbone.forward(body, task.support, mode)?;
+                    let loss = linear(&seen.embedding, head)?.cross_entropy(task.labels)?;
+                    fast = descend(&loss, &fast, inner.learning_rate, order)?;
+                }
+                let (body, head) = fast.split_at(body.len());
+                let seen = self.backbone.forward(body, task.query, mode)?;
+                Ok(Answer { logits: linear(&seen.embedding, head)?, statistics: seen.statistics })
+            }
+        }
+    }
+
+    fn nearest_mean(&self, body: &[Var], task: Task<'_>, mode: BnMode) -> Result<Answer> {
+        let images = Var::concat(&[task.support, task.query], 0)?;
+        let seen = self.backbone.forward(body, &images, mode)?;
+        let n_support = task.labels.len();
+        let support = seen.embedding.narrow(0, 0, n_support)?;
+        let query = seen.embedding.narrow(0, n_support, task.query.dims()[0])?;
+        let means = prototypes(&support, task.labels, task.way)?;
+        let factor = logit_factor(seen.embedding.dims()[1]);
+        let logits = prototype_logits(&query, &means)?.scale(factor)?;
+        Ok(Answer { logits, statistics: seen.statistics })
+    }
+
+    /// Learns `way` classes from labelled support images and classifies `query`, as after training:
+    /// with the test steps of the rule.
+    ///
+    /// # Errors
+    /// When the images are not RGB or too small, or a class has no support.
+    pub fn classify(
+        &self,
+        support: &Images,
+        labels: &[usize],
+        query: &Images,
+        way: usize,
+        mode: BnMode,
+    ) -> Result<Classification> {
+        let Some(inner) = self.learner.inner() else {
+            let mut both = support.clone();
+            both.extend(query)?;
+            let [_, _, height, width] = support.shape();
+            let dim = self.backbone.embedding_dim(height, width)?;
+            let mut support = self.backbone.embed(&both, mode)?;
+            let query = support.split_off(labels.len() * dim);
+            return classify(&support, labels, &query, dim, way);
+        };
+        let tape = Tape::new();
+        let constant = |images: &Images| -> Result<Var> {
+            let value = Tensor::from_slice(images.data(), &images.shape(), &Device::Cpu)?;
+            Ok(tape.constant(value))
+        };
+        let (support, query) = (constant(support)?, constant(query)?);
+        let task = Task { support: &support, labels, query: &query, way };
+        let answer =
+            self.answer(&self.leaves(&tape), task, inner.test_steps, Order::First, mode)?;
+        let logits = answer.logits.value().flatten_all()?.to_vec1::<f32>()?;
+        let predictions = logits.chunks_exact(way.max(1)).map(first_largest).collect();
+        Ok(Classification { logits, predictions })
+    }
+
+    /// Writes backbone, rule and head into a store.
+    ///
+    /// # Errors
+    /// When a parameter cannot be read from its device.
+    pub fn write_to(&self, store: &mut TensorStore) -> Result<()> {
+        self.backbone.write_to(store)?;
+        store.words.insert("learner".into(), self.learner.name().into());
+        if let Some(inner) = self.learner.inner() {
+            let mut word = |name: &str, value: String| store.words.insert(name.into(), value);
+            word("inner.train_steps", inner.train_steps.to_string());
+            word("inner.test_steps", inner.test_steps.to_string());
+            word("inner.learning_rate", inner.learning_rate.to_string());
+            let order = if inner.order == InnerOrder::First { "first" } else { "second" };
+            word("inner.order", order.into());
+        }
+        for parameter in &self.head {
+            let values = parameter.value.flatten_all()?.to_vec1::<f32>()?;
+            store.insert(&parameter.name, parameter.value.dims(), values);
+        }
+        Ok(())
+    }
+
+    /// The model that [`MetaModel::write_to`] wrote.
+    ///
+    /// # Errors
+    /// When the store holds no such model, or values that are not finite.
+    pub fn read_from(store: &TensorStore) -> Result<Self> {
+        let backbone = Backbone::read_from(store)?;
+        let inner = || -> Result<InnerLoop> {
+            Ok(InnerLoop {
+                train_steps: store.number("inner.train_steps")?,
+                test_steps: store.number("inner.test_steps")?,
+                learning_rate: store.number("inner.learning_rate")?,
+                order: match store.word("inner.order")? {
+                    "first" => InnerOrder::First,
+                    "second" => InnerOrder::Second,
+                    other => return Err(Error::input(format!("inner order `{other}`"))),
+                },
+            })
+        };
+        let learner = match store.word("learner")? {
+            "protonet" => return Ok(backbone.into()),
+            "anil" => Learner::Anil(inner()?),
+            "maml" => Learner::Maml(inner()?),
+            other => return Err(Error::unsupported(format!("learner `{other}`"))),
+        };
+        let shape = store.tensors.get("head.weight").map(|tensor| tensor.shape.clone());
+        let mut head = Vec::new();
+        for (name, dims) in [("head.weight", shape.unwrap_or_default()), ("head.bias", vec![1])] {
+            let values = store.tensor(name, &dims)?.to_vec();
+            if values.iter().any(|value| !value.is_finite()) {
+                return Err(Error::input(format!("values that are not finite in tensor `{name}`")));
+            }
+            let value = Tensor::from_vec(values, dims, &Device::Cpu)?;
+            head.push(Parameter { name: name.into(), value });
+        }
+        Ok(Self { backbone, learner, head })
+    }
+
+    /// Writes the model to a safetensors file.
+    ///
+    /// # Errors
+    /// When the folder cannot be written.
+    pub fn save(&self, path: &std::path::Path) -> Result<()> {
+        let mut store = TensorStore::default();
+        self.write_to(&mut store)?;
+        store.save(path)
+    }
+
+    /// Reads a model from a safetensors file.
+    ///
+    /// # Errors
+    /// When the file cannot be read or holds no such model.
+    pub fn load(path: &std::path::Path) -> Result<Self> {
+        Self::read_from(&TensorStore::load(path)?).context(|| format!("`{}`", path.display()))
+    }
+}
+
+/// The head's one row and offset for each of `way` classes: `[way, d]` and `[way]`.
+fn spread(head: &[Var], way: usize) -> Result<Vec<Var>> {
+    let [row, offset] = head else {
+        return Err(Error::internal("a head has a weight and a bias"));
+    };
+    Ok(vec![row.broadcast_to(&[way, row.dims()[1]])?, offset.broadcast_to(&[way])?])
+}
+
+/// Logits `[n, way]` of embeddings `[n, d]`.
+fn linear(features: &Var, head: &[Var]) -> Result<Var> {
+    features.matmul(&head[0].transpose(0, 1)?)?.add(&head[1])
+}
+
+/// One gradient step.
+fn descend(loss: &Var, weights: &[Var], rate: f64, order: Order) -> Result<Vec<Var>> {
+    let gradients = grad(loss, &weights.iter().collect::<Vec<_>>(), order)?;
+    weights.iter().zip(gradients).map(|(weight, g)| weight.sub(&g.scale(rate)?)).collect()
+}
