@@ -156,12 +156,13 @@ fn kill(child: libc::pid_t) {
     }
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
 mod tests {
     use super::*;
 
     /// The test's own threads are enough to be refused; what a fork does is seen from outside, in `tests/it/probe`.
     #[test]
+    #[cfg(target_os = "linux")] // Elsewhere nobody counts the threads.
     fn a_process_with_other_threads_does_not_fork() {
         let other = std::thread::spawn(std::thread::park);
         let limits = ProbeLimits { memory_bytes: 1 << 30, cpu_s: 1, wall_s: 1 };

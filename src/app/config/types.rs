@@ -137,7 +137,7 @@ pub struct BlackBoxConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum EstimatorName {
-    /// Forward differences along random directions (BiDf-MKD).
+    /// Forward differences along random directions: what BiDf-MKD does.
     Forward,
     /// Differences of opposite points along random directions; two queries each.
     Antithetic,
@@ -374,7 +374,7 @@ impl Default for BlackBoxConfig {
             learning_rate: 1e-3,
             latent: 256,
             features: 32,
-            estimator: EstimatorName::Forward,
+            estimator: EstimatorName::LowFrequency,
             directions: 20,
             frequencies: None,
             smoothing: 0.005,
