@@ -159,7 +159,9 @@ impl<'a> Lines<'a> {
             let lines = self.lines.saturating_sub(line).min(16);
             let depths = self.depth.saturating_sub(depth).min(DEPTH);
             if lines == 0 || depths == 0 {
-                self.side.places().map(|at| to[at..at + TILE].fill(0.0));
+                for at in self.side.places() {
+                    to[at..at + TILE].fill(0.0);
+                }
                 continue;
             }
             let from =
