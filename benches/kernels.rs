@@ -10,6 +10,9 @@ use metazoa::tensor::RngStream;
 use metazoa::tensor::kernels::conv::{
     Conv2dGeometry, conv2d, conv2d_input_gradient, conv2d_weight_gradient,
 };
+use metazoa::tensor::kernels::product::{
+    Level, MatrixRef, Output, Sizes, Start, Threads, product_at,
+};
 
 /// Layers of the bundled models, batch 32.
 const LAYERS: [(&str, Conv2dGeometry); 4] = [
@@ -38,6 +41,38 @@ const fn layer(
         dilation: [1, 1],
         pads: [pad, pad, pad, pad],
         groups,
+    }
+}
+
+/// Products [m, k] x [k, n] of the networks of `benches/reference/speed.py`, at their batches.
+const PRODUCTS: [(&str, Sizes); 9] = [
+    ("ViT-tiny, queries keys values", Sizes { m: 1576, n: 576, k: 192 }),
+    ("ViT-tiny, first of the MLP", Sizes { m: 1576, n: 768, k: 192 }),
+    ("ViT-tiny, attention of a head", Sizes { m: 197, n: 197, k: 64 }),
+    ("ConvNeXt-T, first stage", Sizes { m: 6272, n: 384, k: 96 }),
+    ("ConvNeXt-T, last stage", Sizes { m: 98, n: 3072, k: 768 }),
+    ("ResNet-50, 1x1 of 56x56", Sizes { m: 256, n: 3136, k: 64 }),
+    ("ResNet-50, 1x1 of 14x14", Sizes { m: 1024, n: 196, k: 256 }),
+    ("ResNet-50, 1x1 of 7x7", Sizes { m: 2048, n: 49, k: 512 }),
+    ("Winograd, a point of ResNet-18", Sizes { m: 64, n: 256, k: 256 }),
+];
+
+fn products(criterion: &mut Criterion) {
+    for (name, sizes) in PRODUCTS {
+        let Sizes { m, n, k } = sizes;
+        let (a, b, mut c) = (normal("a", m * k), normal("b", k * n), vec![0.0; m * n]);
+        let mut group = criterion.benchmark_group(name);
+        group.throughput(Throughput::Elements((m * n * k) as u64)).sample_size(20);
+        for level in Level::all() {
+            group.bench_function(format!("{level:?}, one thread"), |bencher| {
+                bencher.iter(|| {
+                    let (a, b) = (MatrixRef::rows(black_box(&a), k), MatrixRef::rows(&b, n));
+                    let c = Output { data: &mut c, row_stride: n, start: Start::Nothing };
+                    product_at(level, sizes, a, b, c, Threads::One);
+                });
+            });
+        }
+        group.finish();
     }
 }
 
@@ -72,5 +107,5 @@ fn convolutions(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, convolutions);
+criterion_group!(benches, convolutions, products);
 criterion_main!(benches);

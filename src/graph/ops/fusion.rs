@@ -183,3 +183,109 @@ fn fuse_bias<T: Element>(steps: &mut Vec<StepRecord<T>>, lengths: &mut [usize], 
     }
     retain(steps, &removed);
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::graph::ir::{ConstantTensor, DataType, Graph, Node, Port};
+    use crate::graph::plan::{CompileOptions, Gradient, Plan, Taps};
+    use crate::tensor::RngStream;
+    use crate::tensor::kernels::Element;
+    use std::collections::BTreeMap;
+    use std::sync::Arc;
+
+    const SHAPE: [usize; 3] = [2, 33, 40];
+    const WIDTH: usize = 48;
+
+    /// The graph of `nodes` over an input `x` [2, 33, 40], weights `w` [40, 48] and a row `b` [48]; output `y`.
+    fn graph(nodes: Vec<Node>) -> Graph {
+        let mut rng = RngStream::new(3, "fusion", "", 0);
+        let port = |name: &str| Port { name: name.into(), dtype: DataType::Float32, shape: None };
+        let constants = BTreeMap::from([
+            ("w".to_owned(), ConstantTensor::f32([40, WIDTH], rng.normals(40 * WIDTH))),
+            ("b".to_owned(), ConstantTensor::f32([WIDTH], rng.normals(WIDTH))),
+        ]);
+        Graph {
+            name: "g".into(),
+            opset: 17,
+            inputs: vec![port("x")],
+            outputs: vec![port("y")],
+            nodes,
+            constants: constants.into_iter().map(|(name, c)| (name, Arc::new(c))).collect(),
+        }
+    }
+
+    fn node(op: &str, inputs: [&str; 2], output: &str) -> Node {
+        Node::new(op, output, &inputs, &[output])
+    }
+
+    /// Steps, output, and the gradient of the output's sum.
+    fn run<T: Element>(nodes: Vec<Node>) -> (usize, Vec<f64>, Vec<f64>) {
+        let options = CompileOptions {
+            input: "x".into(),
+            input_shape: SHAPE.to_vec(),
+            output: "y".into(),
+            gradient: Gradient::Wanted,
+            taps: Taps::Norms,
+        };
+        let plan = Plan::<T>::compile(&graph(nodes), &options).unwrap();
+        let mut workspace = plan.workspace();
+        let mut rng = RngStream::new(4, "fusion", "x", 0);
+        let x: Vec<T> =
+            (0..SHAPE.iter().product()).map(|_| T::of(f64::from(rng.normal()))).collect();
+        let y: Vec<f64> = plan.forward(&mut workspace, &x).iter().map(|v| v.f64()).collect();
+        let dy = vec![T::ONE; y.len()];
+        let dx = plan.backward(&mut workspace, &dy).iter().map(|v| v.f64()).collect();
+        (plan.step_count(), y, dx)
+    }
+
+    fn assert_close(a: &[f64], b: &[f64]) {
+        assert!(a.len() == b.len() && !a.is_empty());
+        for (a, b) in a.iter().zip(b) {
+            assert!((a - b).abs() < 1e-4 * (1.0 + b.abs()), "{a} against {b}");
+        }
+    }
+
+    #[test]
+    fn a_row_added_to_a_product_joins_it_on_either_side() {
+        // The same sum in two steps that do not fuse: the row comes behind an identity of its own.
+        let apart = vec![
+            node("MatMul", ["x", "w"], "p"),
+            Node::new("Neg", "n", &["p"], &["n"]),
+            node("Sub", ["b", "n"], "y"),
+        ];
+        let (steps, y, dx) = run::<f64>(apart);
+        assert_eq!(steps, 3);
+        for sides in [["p", "b"], ["b", "p"]] {
+            let nodes = || vec![node("MatMul", ["x", "w"], "p"), node("Add", sides, "y")];
+            let (steps, double, gradient) = run::<f64>(nodes());
+            assert_eq!(steps, 1);
+            assert_close(&double, &y);
+            assert_close(&gradient, &dx);
+            let (steps, single, gradient) = run::<f32>(nodes());
+            assert_eq!(steps, 1);
+            assert_close(&single, &y);
+            assert_close(&gradient, &dx);
+        }
+    }
+
+    #[test]
+    fn a_product_that_is_read_twice_keeps_its_own_value() {
+        let nodes = || {
+            vec![
+                node("MatMul", ["x", "w"], "p"),
+                node("Add", ["p", "b"], "s"),
+                node("Mul", ["s", "p"], "y"),
+            ]
+        };
+        let (steps, y, dx) = run::<f64>(nodes());
+        assert_eq!(steps, 3);
+        let (_, product, _) = run::<f64>(vec![node("MatMul", ["x", "w"], "y")]);
+        let row = graph(Vec::new()).constants["b"].to_f64();
+        let wanted: Vec<f64> =
+            product.iter().enumerate().map(|(i, p)| (p + row[i % WIDTH]) * p).collect();
+        assert_close(&y, &wanted);
+        let (_, single, gradient) = run::<f32>(nodes());
+        assert_close(&single, &y);
+        assert!(gradient.iter().zip(&dx).all(|(a, b)| (a - b).abs() < 1e-3 * (1.0 + b.abs())));
+    }
+}

@@ -131,3 +131,75 @@ fn gradients_are_the_adjoints_of_the_forward() {
         assert_close(&twice, &doubled, "accumulation", &g);
     }
 }
+
+/// Convolutions large enough for the matrix unit: 1x1 with few and many pixels, in groups, with more outputs than
+/// pixels; strides; patches; and one that it serves in one direction alone.
+fn large() -> Vec<Conv2dGeometry> {
+    let base = Conv2dGeometry {
+        batch: 3,
+        in_channels: 40,
+        input: [14, 15],
+        out_channels: 70,
+        kernel: [1, 1],
+        stride: [1, 1],
+        dilation: [1, 1],
+        pads: [0; 4],
+        groups: 1,
+    };
+    vec![
+        base,
+        Conv2dGeometry { batch: 9, in_channels: 200, input: [7, 7], out_channels: 300, ..base },
+        Conv2dGeometry { in_channels: 80, input: [20, 20], out_channels: 48, groups: 2, ..base },
+        Conv2dGeometry { stride: [2, 2], input: [29, 30], ..base },
+        Conv2dGeometry { kernel: [3, 3], stride: [2, 2], pads: [1; 4], input: [31, 28], ..base },
+        Conv2dGeometry { kernel: [7, 7], stride: [2, 2], pads: [3; 4], in_channels: 3, ..base },
+        Conv2dGeometry { kernel: [4, 4], stride: [4, 4], input: [32, 64], in_channels: 3, ..base },
+        Conv2dGeometry { kernel: [2, 3], input: [33, 5], ..base },
+    ]
+}
+
+fn wide(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|&v| f64::from(v)).collect()
+}
+
+fn distance(found: &[f32], exact: &[f64]) -> f64 {
+    let off: f64 = found.iter().zip(exact).map(|(&f, e)| (f64::from(f) - e).powi(2)).sum();
+    (off / exact.iter().map(|e| e * e).sum::<f64>()).sqrt()
+}
+
+#[test]
+fn large_convolutions_in_single_precision_agree_with_double_and_with_any_number_of_threads() {
+    let mut rng = RngStream::new(0, "conv", "large", 0);
+    for g in large() {
+        let outputs = g.batch * g.output_stride();
+        let x = rng.normals(g.batch * g.input_stride());
+        let (w, bias) = (rng.normals(g.weights()), rng.normals(g.out_channels));
+        let dy = rng.normals(outputs);
+        let mut y_exact = vec![0.0; outputs];
+        conv2d(&g, &wide(&x), &wide(&w), Some(&wide(&bias)), &mut y_exact);
+        let mut plain_exact = vec![0.0; outputs];
+        conv2d(&g, &wide(&x), &wide(&w), None, &mut plain_exact);
+        let mut dx_exact = vec![0.0; x.len()];
+        conv2d_input_gradient(&g, &wide(&dy), &wide(&w), &mut dx_exact, false);
+        let sum_exact: Vec<f64> = dx_exact.iter().zip(&x).map(|(d, &x)| d + f64::from(x)).collect();
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let (mut y, mut plain) = (vec![f32::NAN; outputs], vec![f32::NAN; outputs]);
+                let (mut dx, mut sum) = (vec![f32::NAN; x.len()], x.clone());
+                conv2d(&g, &x, &w, Some(&bias), &mut y);
+                conv2d(&g, &x, &w, None, &mut plain);
+                conv2d_input_gradient(&g, &dy, &w, &mut dx, false);
+                conv2d_input_gradient(&g, &dy, &w, &mut sum, true);
+                [y, plain, dx, sum]
+            })
+        };
+        let found = run(1);
+        for (found, exact) in found.iter().zip([&y_exact, &plain_exact, &dx_exact, &sum_exact]) {
+            assert!(distance(found, exact) < 1e-6, "{g:?}: {:e}", distance(found, exact));
+        }
+        for threads in [2, 5] {
+            assert_eq!(found, run(threads), "{g:?} on {threads} threads");
+        }
+    }
+}

@@ -29,11 +29,18 @@ fn has_bf16_tiles() -> bool {
 
 /// Asks Linux to save tile registers for this process (`ARCH_REQ_XCOMP_PERM`); other threads, running or to come,
 /// are included. Refused where the kernel is too old, or a thread's signal stack too small for the registers.
+#[cfg(target_os = "linux")]
 fn permitted() -> bool {
     const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
     const XFEATURE_XTILEDATA: libc::c_long = 18;
     // SAFETY: takes two numbers and touches no memory of ours.
     unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
+}
+
+/// Other systems have ways of their own, which are not asked.
+#[cfg(not(target_os = "linux"))]
+fn permitted() -> bool {
+    false
 }
 
 /// Shape of the tile registers, as `ldtilecfg` reads it.
@@ -110,44 +117,44 @@ impl Tiles {
                 "3:",
                 // a1 b3
                 "tileloadd tmm4, [{a} + {s}*1]",
-                "tileloadd tmm6, [{b} + {s}*1 + 2048]",
-                "tileloadd tmm5, [{a} + {s}*1 + 3072]",
-                "tileloadd tmm7, [{b} + {s}*1 + 5120]",
+                "tileloadd tmm6, [{b} + {s}*1]",
+                "tileloadd tmm5, [{a} + {s}*1 + 1024]",
+                "tileloadd tmm7, [{b} + {s}*1 + 1024]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tdpbf16ps tmm2, tmm5, tmm6",
-                "tileloadd tmm6, [{b} + {s}*1 + 1024]",
+                "tileloadd tmm6, [{b} + {s}*1 + 2048]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 "tdpbf16ps tmm3, tmm5, tmm7",
                 // a1 b2
-                "tileloadd tmm7, [{b} + {s}*1 + 4096]",
+                "tileloadd tmm7, [{b} + {s}*1 + 3072]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tdpbf16ps tmm2, tmm5, tmm6",
-                "tileloadd tmm6, [{b} + {s}*1]",
+                "tileloadd tmm6, [{b} + {s}*1 + 4096]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 "tdpbf16ps tmm3, tmm5, tmm7",
                 // a1 b1
-                "tileloadd tmm7, [{b} + {s}*1 + 3072]",
+                "tileloadd tmm7, [{b} + {s}*1 + 5120]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 "tileloadd tmm4, [{a} + {s}*1 + 2048]",
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
                 // a3 b1
-                "tileloadd tmm5, [{a} + {s}*1 + 5120]",
+                "tileloadd tmm5, [{a} + {s}*1 + 3072]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tdpbf16ps tmm1, tmm4, tmm7",
-                "tileloadd tmm4, [{a} + {s}*1 + 1024]",
+                "tileloadd tmm4, [{a} + {s}*1 + 4096]",
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
                 // a2 b1
-                "tileloadd tmm5, [{a} + {s}*1 + 4096]",
+                "tileloadd tmm5, [{a} + {s}*1 + 5120]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tdpbf16ps tmm2, tmm5, tmm6",
-                "tileloadd tmm6, [{b} + {s}*1 + 1024]",
+                "tileloadd tmm6, [{b} + {s}*1 + 2048]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 "tdpbf16ps tmm3, tmm5, tmm7",
                 // a2 b2
-                "tileloadd tmm7, [{b} + {s}*1 + 4096]",
+                "tileloadd tmm7, [{b} + {s}*1 + 3072]",
                 "add {a}, {step}",
                 "add {b}, {step}",
                 "tdpbf16ps tmm0, tmm4, tmm6",

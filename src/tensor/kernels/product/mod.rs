@@ -41,11 +41,17 @@ impl Level {
         vec![Self::Vectors]
     }
 
-    /// The fastest for a product of these sizes: packing pays where each number is used often.
+    /// The faster for a product of these sizes. Measured on one core (Sapphire Rapids, `cargo kernels`), in units of a
+    /// multiply-add of the vectors: one of the unit, padding included, takes 6/13, packing a number 18, storing a
+    /// result 12.
     pub fn of(Sizes { m, n, k }: Sizes) -> Self {
         #[cfg(target_arch = "x86_64")]
-        if m >= 16 && n >= 16 && k >= 16 && m * n * k >= 1 << 17 && amx::usable() {
-            return Self::Tiles;
+        {
+            let [rows, columns, depth] = [m, n, k].map(|size| size.next_multiple_of(pack::DEPTH));
+            let tiles = rows * columns * depth * 6 / 13 + (m + n) * k * 18 + m * n * 12;
+            if tiles < m * n * k && amx::usable() {
+                return Self::Tiles;
+            }
         }
         let _ = (m, n, k);
         Self::Vectors

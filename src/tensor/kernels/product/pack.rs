@@ -2,8 +2,8 @@
 //! and those lie in the order in which tiles are loaded.
 //!
 //! A *line* is a row of the left or a column of the right operand; *depth* is the axis that is summed over. A panel is
-//! [`LINES`] lines; it is a sequence of blocks of [`DEPTH`] deep, a block six tiles of 16 lines: three parts of
-//! the first 16 lines, three of the others. A tile is 256 words of two bf16: depth `p` and depth `p + 16` of a
+//! [`LINES`] lines; it is a sequence of blocks of [`DEPTH`] deep, a block six tiles of 16 lines: of each part the
+//! first 16 lines, then the others. A tile is 256 words of two bf16: depth `p` and depth `p + 16` of a
 //! line. The left operand's tiles are line by line, the right's depth by depth. What is missing to whole panels and blocks is 0.
 
 #![allow(unsafe_code)]
@@ -34,6 +34,17 @@ pub(super) enum Side {
     Left,
     /// The right one: lines are columns.
     Right,
+}
+
+impl Side {
+    /// Where the three parts of the first 16 lines lie in a block; those of the others follow each. The order is that
+    /// in which the micro-kernel loads them.
+    fn places(self) -> [usize; 3] {
+        match self {
+            Self::Left => [0, 4 * TILE, 2 * TILE],
+            Self::Right => [4 * TILE, 2 * TILE, 0],
+        }
+    }
 }
 
 /// Lines to pack: value (line, depth) is at `line * line_stride + depth * depth_stride`.
@@ -142,12 +153,15 @@ impl<'a> Lines<'a> {
     fn block(&self, panel: usize, block: usize, to: &mut [f32]) {
         let depth = block * DEPTH;
         let (item, panel) = (panel / self.panels_of_one(), panel % self.panels_of_one());
-        for (half, to) in to.chunks_exact_mut(BLOCK / 2).enumerate() {
+        for half in 0..2 {
+            let to = &mut to[half * TILE..];
             let line = panel * LINES + half * 16;
             let lines = self.lines.saturating_sub(line).min(16);
             let depths = self.depth.saturating_sub(depth).min(DEPTH);
             if lines == 0 || depths == 0 {
-                to.fill(0.0);
+                for at in self.side.places() {
+                    to[at..at + TILE].fill(0.0);
+                }
                 continue;
             }
             let from =
@@ -164,12 +178,19 @@ impl<'a> Lines<'a> {
         // Which of the two axes is contiguous gives the order in which words come out, the side the order wanted.
         let by_line = along == 1 || across != 1;
         let wanted = (self.side == Side::Left) == by_line;
+        let places = self.side.places();
+        if along != 1 && across == 1 && wanted {
+            return depth_by_depth(from, along, lines, depths, to, places);
+        } else if along == 1 && wanted {
+            return line_by_line(from, across, lines, depths, to, places);
+        }
+        let apart = [0, TILE, 2 * TILE];
         let mut turned = [0.0; 3 * TILE];
-        let out = if wanted { &mut *to } else { &mut turned[..] };
+        let out = &mut turned[..];
         if along == 1 {
-            line_by_line(from, across, lines, depths, out);
+            line_by_line(from, across, lines, depths, out, apart);
         } else if across == 1 {
-            depth_by_depth(from, along, lines, depths, out);
+            depth_by_depth(from, along, lines, depths, out, apart);
         } else {
             let mut gathered = [0.0; 16 * DEPTH];
             for (line, row) in gathered.chunks_exact_mut(DEPTH).take(lines).enumerate() {
@@ -177,10 +198,13 @@ impl<'a> Lines<'a> {
                     *value = from[line * across + depth * along];
                 }
             }
-            line_by_line(&gathered, DEPTH, lines, depths, out);
+            line_by_line(&gathered, DEPTH, lines, depths, out, apart);
         }
-        if !wanted {
-            for (from, to) in turned.chunks_exact(TILE).zip(to.chunks_exact_mut(TILE)) {
+        for (from, at) in turned.chunks_exact(TILE).zip(places) {
+            let to = &mut to[at..at + TILE];
+            if wanted {
+                to.copy_from_slice(from);
+            } else {
                 // SAFETY: both are 16 rows of 16 words; AVX-512 is on.
                 unsafe { Avx512::transpose(from.as_ptr(), 16, to.as_mut_ptr(), 16) };
             }
@@ -206,7 +230,14 @@ fn load(from: &[f32], count: usize) -> __m512 {
 /// Rows of words: (depth p, depth p + 16) for p in 0..16 of each line.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn line_by_line(from: &[f32], stride: usize, lines: usize, depths: usize, to: &mut [f32]) {
+fn line_by_line(
+    from: &[f32],
+    stride: usize,
+    lines: usize,
+    depths: usize,
+    to: &mut [f32],
+    places: [usize; 3],
+) {
     for line in 0..16 {
         let (low, high) = if line < lines {
             let from = &from[line * stride..];
@@ -217,18 +248,25 @@ fn line_by_line(from: &[f32], stride: usize, lines: usize, depths: usize, to: &m
         } else {
             (_mm512_setzero_ps(), _mm512_setzero_ps())
         };
-        put(low, high, &mut to[line * 16..]);
+        put(low, high, &mut to[line * 16..], places);
     }
 }
 
 /// Rows of words: depth p and depth p + 16 of each of the lines.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn depth_by_depth(from: &[f32], stride: usize, lines: usize, depths: usize, to: &mut [f32]) {
+fn depth_by_depth(
+    from: &[f32],
+    stride: usize,
+    lines: usize,
+    depths: usize,
+    to: &mut [f32],
+    places: [usize; 3],
+) {
     for depth in 0..16 {
         let low = row(from, stride, lines, depth, depths);
         let high = row(from, stride, lines, depth + 16, depths);
-        put(low, high, &mut to[depth * 16..]);
+        put(low, high, &mut to[depth * 16..], places);
     }
 }
 
@@ -239,10 +277,10 @@ fn row(from: &[f32], stride: usize, lines: usize, depth: usize, depths: usize) -
     if depth < depths { load(&from[depth * stride..], lines) } else { _mm512_setzero_ps() }
 }
 
-/// Splits two vectors and puts the words of each part where its tile's row is: `to`, `to + TILE`, `to + 2 TILE`.
+/// Splits two vectors and puts the words of each part at its place in `to`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn put(low: __m512, high: __m512, to: &mut [f32]) {
+fn put(low: __m512, high: __m512, to: &mut [f32], places: [usize; 3]) {
     let upper = _mm512_set1_epi32(0xFFFF_0000_u32.cast_signed());
     let [low, high] = [split(low), split(high)];
     for part in 0..3 {
@@ -250,7 +288,7 @@ fn put(low: __m512, high: __m512, to: &mut [f32]) {
             _mm512_srli_epi32::<16>(low[part]),
             _mm512_and_si512(high[part], upper),
         );
-        let to = &mut to[part * TILE..part * TILE + 16];
+        let to = &mut to[places[part]..places[part] + 16];
         // SAFETY: the slice is 16 words.
         unsafe { _mm512_storeu_ps(to.as_mut_ptr(), _mm512_castsi512_ps(word)) };
     }
