@@ -65,7 +65,14 @@ pub(crate) struct GlobalArgs {
     /// Worker threads; never changes a result [default: all cores]
     #[arg(long, global = true, value_name = "N", env = "METAZOA_JOBS", hide_env = true)]
     pub(crate) jobs: Option<std::num::NonZeroUsize>,
-    /// Where ONNX Runtime (built with feature `cuda`: white-box models too) computes, cpu or cuda[:INDEX][+tf32] [default: cpu]
+    #[cfg_attr(
+        not(feature = "cuda"),
+        doc = "Where ONNX Runtime computes, cpu or cuda[:INDEX]; all else uses the cpu [default: cpu]"
+    )]
+    #[cfg_attr(
+        feature = "cuda",
+        doc = "Where teachers are computed: cpu or cuda[:INDEX][+tf32]; all else uses the cpu [default: cpu]"
+    )]
     #[arg(long, global = true, env = "METAZOA_DEVICE", hide_env = true)]
     pub(crate) device: Option<Device>,
     /// The ONNX Runtime library to load (else ORT_DYLIB_PATH, the cache of `setup`, Python's)

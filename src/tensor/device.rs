@@ -16,7 +16,7 @@ pub enum Device {
 }
 
 /// How a GPU multiplies matrices of `f32`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub enum Products {
     /// In full single precision.
     #[default]
@@ -52,6 +52,28 @@ impl fmt::Display for Device {
             Self::Cpu => f.write_str("cpu"),
             Self::Cuda(index, Products::Single) => write!(f, "cuda:{index}"),
             Self::Cuda(index, Products::TensorFloat32) => write!(f, "cuda:{index}+tf32"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_read_as_it_is_written() {
+        let tf32 = Products::TensorFloat32;
+        for (text, device) in [
+            ("cpu", Device::Cpu),
+            ("cuda:0", Device::Cuda(0, Products::Single)),
+            ("cuda:2+tf32", Device::Cuda(2, tf32)),
+        ] {
+            assert_eq!(text.parse::<Device>().unwrap(), device);
+            assert_eq!(device.to_string(), text);
+        }
+        assert_eq!("cuda+tf32".parse::<Device>().unwrap(), Device::Cuda(0, tf32));
+        for text in ["cpu+tf32", "cuda:", "cuda:-1", "tf32", "gpu"] {
+            assert!(text.parse::<Device>().is_err(), "{text}");
         }
     }
 }

@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CString, c_char, c_int, c_void};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::cuda_backend::cudarc;
 use cudarc::cublas::{result as blas, sys as blas_sys};
@@ -89,16 +89,15 @@ impl Card {
     /// # Errors
     /// When there is no driver, no such card, or a library of CUDA (NVRTC, cuBLAS) is missing.
     pub fn open(index: usize, products: Products) -> Result<Arc<Self>> {
-        static OPEN: OnceLock<Mutex<BTreeMap<(usize, bool), Weak<Card>>>> = OnceLock::new();
-        let mut open =
-            OPEN.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (index, products == Products::TensorFloat32);
-        if let Some(card) = open.get(&key).and_then(Weak::upgrade) {
-            return Ok(card);
+        // Compiling takes a second: a card once open stays so until the program ends.
+        static OPEN: Mutex<BTreeMap<(usize, Products), Arc<Card>>> = Mutex::new(BTreeMap::new());
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(card) = open.get(&(index, products)) {
+            return Ok(Arc::clone(card));
         }
-        let card =
-            Arc::new(Self::new(index, products).context(|| format!("device `cuda:{index}`"))?);
-        open.insert(key, Arc::downgrade(&card));
+        let card = Self::new(index, products).context(|| format!("device `cuda:{index}`"))?;
+        let card = Arc::new(card);
+        open.insert((index, products), Arc::clone(&card));
         Ok(card)
     }
 

@@ -14,8 +14,6 @@ mod convolution;
 #[cfg(feature = "cuda")]
 pub mod driver;
 mod elementwise;
-#[cfg(test)]
-pub mod emulation;
 mod launch;
 mod memory;
 mod movement;
@@ -27,7 +25,9 @@ mod reduce;
 mod row;
 pub mod source;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
+#[cfg(test)]
+pub(crate) use tests::emulation;
 
 use std::fmt::Debug;
 use std::sync::Arc;

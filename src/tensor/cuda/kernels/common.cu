@@ -1,5 +1,5 @@
 // What all kernels share. The text of these files, one after the other, is one program: NVRTC compiles it for
-// the card at run time, and the tests compile it with a C++ compiler (shim.h).
+// the card at run time, and the tests compile it with a C++ compiler (tests/shim.h).
 //
 // Tensors are row-major floats; lengths fit an `int` (the executor refuses larger ones). A gradient is
 // written, or added where `add` is set.

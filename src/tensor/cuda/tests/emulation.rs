@@ -1,4 +1,4 @@
-//! The kernels on the processor, for tests: the same text, compiled as C++ under `kernels/shim.h` and loaded; matrix
+//! The kernels on the processor, for tests: the same text, compiled as C++ under `shim.h` and loaded; matrix
 //! products by the CPU's own kernel from BLAS's description of them.
 //!
 //! Fresh memory is full of NaN, and every allocation stands between guards, so that reading what nobody wrote and
@@ -11,8 +11,8 @@ use std::ffi::{CString, c_int, c_void};
 use std::process::Command;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use super::source::{self, Signature};
-use super::{Argument, ColumnMajor, Device, Launch};
+use super::super::source::{self, Signature};
+use super::super::{Argument, ColumnMajor, Device, Launch};
 use crate::error::{Error, Result};
 use crate::tensor::kernels::gemm::{MatrixRef, gemm};
 
@@ -33,7 +33,7 @@ struct Kernel {
 
 /// The processor as a device.
 #[derive(Debug)]
-pub struct Emulation {
+pub(crate) struct Emulation {
     kernels: &'static HashMap<String, Kernel>,
     memory: Mutex<HashMap<u64, Box<[u32]>>>,
     launches: Mutex<HashMap<&'static str, usize>>,
@@ -47,7 +47,7 @@ fn compile() -> std::result::Result<HashMap<String, Kernel>, String> {
         .iter()
         .map(|s| format!("EXPORT({}, {})\n", s.name, i32::from(s.barriers)))
         .collect();
-    let shim = include_str!("kernels/shim.h");
+    let shim = include_str!("shim.h");
     let (from, to) = (folder.path().join("kernels.cpp"), folder.path().join("kernels.so"));
     std::fs::write(&from, format!("{shim}\n{}\n{exports}", source::program()))
         .map_err(|e| text(&e))?;
@@ -79,7 +79,7 @@ fn compile() -> std::result::Result<HashMap<String, Kernel>, String> {
 ///
 /// # Panics
 /// When the kernels do not compile or load.
-pub fn open() -> Option<Arc<Emulation>> {
+pub(crate) fn open() -> Option<Arc<Emulation>> {
     static KERNELS: OnceLock<std::result::Result<HashMap<String, Kernel>, String>> =
         OnceLock::new();
     match KERNELS.get_or_init(compile) {
@@ -98,14 +98,14 @@ pub fn open() -> Option<Arc<Emulation>> {
 impl Emulation {
     /// # Panics
     /// When something wrote outside an allocation.
-    pub fn check_guards(&self) {
+    pub(crate) fn check_guards(&self) {
         for memory in self.memory.lock().unwrap_or_else(PoisonError::into_inner).values() {
             assert!(are_whole(memory), "a kernel wrote outside {} words", memory.len() - 2 * GUARD);
         }
     }
 
     /// How often each kernel was launched.
-    pub fn launches(&self) -> HashMap<&'static str, usize> {
+    pub(crate) fn launches(&self) -> HashMap<&'static str, usize> {
         self.launches.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
@@ -179,7 +179,9 @@ impl Device for Emulation {
         let [x, y] = launch.grid.map(|size| size as c_int);
         // SAFETY: the arguments are of the kinds that the kernel declares (checked above); each is read from the low
         // bytes of its word; what they point at is this device's memory, or not looked at.
-        unsafe { (kernel.entry)(x, y, super::launch::BLOCK as c_int, pointers.as_mut_ptr()) };
+        unsafe {
+            (kernel.entry)(x, y, super::super::launch::BLOCK as c_int, pointers.as_mut_ptr())
+        };
         Ok(())
     }
 

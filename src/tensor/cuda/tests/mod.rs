@@ -1,5 +1,7 @@
 //! What the plans do not reach: the program's text, its compilation for a card, broken launches.
 
+pub(crate) mod emulation;
+
 use std::sync::Arc;
 
 use super::source::{self, Kind};
