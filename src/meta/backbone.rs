@@ -191,14 +191,20 @@ impl Backbone {
         let mut x = images.affine(1.0 / IMAGE_STD, -IMAGE_MEAN / IMAGE_STD)?;
         for (block, running) in parameters.chunks_exact(4).zip(&self.running) {
             let (factor, offset) = (&block[2], &block[3]);
-            let y = x.conv2d(&block[0], Some(&block[1]), ConvOptions::same(3))?;
+            let same = ConvOptions::same(3);
             x = match mode {
                 BnMode::Batch => {
-                    let (y, own) = y.batch_norm_relu_pool(factor, offset, EPSILON)?;
+                    // The mean takes the bias away again, so its gradient is 0: it moves the mean alone.
+                    let y = x.conv2d(&block[0], None, same)?;
+                    let (y, mut own) = y.batch_norm_relu_pool(factor, offset, EPSILON)?;
+                    for (mean, bias) in own.mean.iter_mut().zip(block[1].numbers()?) {
+                        *mean += bias;
+                    }
                     statistics.push(own);
                     y
                 }
                 BnMode::Running => {
+                    let y = x.conv2d(&block[0], Some(&block[1]), same)?;
                     let (scale, shift) = running.scale_and_shift(factor, offset)?;
                     y.channel_affine(&scale, &shift, Activation::Relu)?.max_pool2d(2)?
                 }

@@ -15,7 +15,7 @@ use super::backbone::{Backbone, BnMode};
 use super::episodes::{ClassSource, Episode, EpisodeSampler};
 use super::protonet::{first_largest, logit_factor, prototype_logits, prototypes};
 use crate::error::{Error, Result, ResultExt};
-use crate::tensor::tape::{Order, Tape, Var, grad};
+use crate::tensor::tape::{BatchStatistics, Order, Tape, Var, grad};
 use crate::tensor::{Adam, AdamOptions, RngStream, TensorStore};
 
 /// How the learning rate moves over the steps.
@@ -183,29 +183,18 @@ impl Trainer {
         let episode = sampler.draw(&mut rng);
         let draws: Vec<Draw> =
             episode.images.iter().map(|_| self.config.augmentation.draw(&mut rng)).collect();
-        let tape = Tape::new();
-        let images = tape.constant(read_images(source, &episode, &draws)?);
-        let parameters = self.backbone.leaves(&tape);
-        let embedded = self.backbone.forward(&parameters, &images, BnMode::Batch)?;
-        let logits = episode_logits(&embedded.embedding, &episode, self.config.way)?;
-        let loss = logits.cross_entropy(&episode.query_labels)?;
-        let wrt: Vec<&Var> = parameters.iter().collect();
-        let gradients: Vec<Tensor> = grad(&loss, &wrt, Order::First)?
-            .into_iter()
-            .map(|gradient| gradient.value().clone())
-            .collect();
-        let outcome = Outcome {
-            loss: loss.scalar()?,
-            accuracy: accuracy(&logits, &episode)?,
-            finite: loss.scalar()?.is_finite() && all_finite(&gradients)?,
-        };
+        let images = read_images(source, &episode, &draws)?;
+        let (backbone, way) = (&self.backbone, self.config.way);
+        // In the pool already: a kernel called from outside it wakes and awaits a worker each time.
+        let Found { outcome, gradients, statistics } =
+            rayon::scope(|_| learn(backbone, way, &images, &episode))?;
         if outcome.finite {
             let mut values: Vec<Tensor> =
                 self.backbone.parameters().iter().map(|p| p.value.clone()).collect();
             let rate = self.config.learning_rate_at(self.step);
             self.adam.step_tensors(rate, &mut values, &gradients)?;
             self.backbone.set_parameters(values)?;
-            self.backbone.update_running(&embedded.statistics);
+            self.backbone.update_running(&statistics);
         }
         Ok(outcome)
     }
@@ -287,6 +276,33 @@ fn episode_logits(embedding: &Var, episode: &Episode, way: usize) -> Result<Var>
     let query = embedding.narrow(0, n_support, episode.query_labels.len())?;
     let means = prototypes(&support, &episode.support_labels, way)?;
     prototype_logits(&query, &means)?.scale(logit_factor(embedding.dims()[1]))
+}
+
+/// What one episode says.
+struct Found {
+    outcome: Outcome,
+    /// One a parameter.
+    gradients: Vec<Tensor>,
+    statistics: Vec<BatchStatistics>,
+}
+
+fn learn(backbone: &Backbone, way: usize, images: &Tensor, episode: &Episode) -> Result<Found> {
+    let tape = Tape::new();
+    let parameters = backbone.leaves(&tape);
+    let embedded = backbone.forward(&parameters, &tape.constant(images.clone()), BnMode::Batch)?;
+    let logits = episode_logits(&embedded.embedding, episode, way)?;
+    let loss = logits.cross_entropy(&episode.query_labels)?;
+    let wrt: Vec<&Var> = parameters.iter().collect();
+    let gradients: Vec<Tensor> = grad(&loss, &wrt, Order::First)?
+        .into_iter()
+        .map(|gradient| gradient.value().clone())
+        .collect();
+    let outcome = Outcome {
+        loss: loss.scalar()?,
+        accuracy: accuracy(&logits, episode)?,
+        finite: loss.scalar()?.is_finite() && all_finite(&gradients)?,
+    };
+    Ok(Found { outcome, gradients, statistics: embedded.statistics })
 }
 
 fn accuracy(logits: &Var, episode: &Episode) -> Result<f64> {

@@ -18,6 +18,7 @@ pub mod row;
 pub mod scratch;
 pub mod special;
 mod vector;
+pub mod weight_gradient;
 mod winograd;
 
 pub use element::Element;

@@ -5,6 +5,7 @@
 
 use candle_core::Tensor;
 
+use super::memory::Value;
 use super::value::{Float, Slice, build, by_dtype};
 use super::{Order, Rule, Step, Var};
 use crate::error::Result;
@@ -31,7 +32,7 @@ fn sigmoid<T: Element>(x: T) -> T {
 }
 
 impl Unary {
-    fn value<T: Float>(self, x: &Tensor) -> Result<Tensor> {
+    fn value<T: Float>(self, x: &Tensor) -> Result<Value> {
         let s = Slice::<T>::new(x)?;
         build::<T>(x.dims(), |y| match self {
             Self::Exp => map::map(&s, y, Element::exp),
@@ -49,7 +50,7 @@ impl Unary {
     }
 
     /// The cotangent of the input given that of the output, in one pass over `x` or `y`.
-    fn fused<T: Float>(self, x: &Tensor, y: &Tensor, g: &Tensor) -> Result<Tensor> {
+    fn fused<T: Float>(self, x: &Tensor, y: &Tensor, g: &Tensor) -> Result<Value> {
         let (xs, ys, gs) = (Slice::<T>::new(x)?, Slice::<T>::new(y)?, Slice::<T>::new(g)?);
         let half = T::of(0.5);
         build::<T>(x.dims(), |out| match self {
@@ -82,7 +83,7 @@ impl Unary {
 }
 
 /// 1 where `x > 0`, else `below`.
-fn slopes(x: &Tensor, below: f64) -> Result<Tensor> {
+pub(super) fn slopes(x: &Tensor, below: f64) -> Result<Tensor> {
     Ok(x.gt(&x.zeros_like()?)?.to_dtype(x.dtype())?.affine(1.0 - below, below)?)
 }
 
@@ -120,7 +121,7 @@ impl Var {
             let x = self.value.contiguous()?;
             by_dtype(x.dtype(), || kind.value::<f32>(&x), || kind.value::<f64>(&x))?
         } else {
-            kind.by_candle(&self.value)?
+            kind.by_candle(&self.value)?.into()
         };
         self.tape.record(&[self], value, kind)
     }
