@@ -1,55 +1,57 @@
 //! Values whose memory is kept for the next step when nobody holds them any more.
 //!
 //! A step allocates the same sizes as the one before it. Given back to the system, that memory costs a page fault for
-//! every 4 KiB and a pass of zeros; kept here, it costs nothing. Buffers stay with the thread whose tape they served.
+//! every 4 KiB and a pass of zeros; kept here, it costs nothing. All tapes share the buffers, up to a limit.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ops::Deref;
 use std::rc::Rc;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor};
 
 use super::value::Float;
 
-/// Bytes a thread keeps, most.
+/// Bytes kept, most.
 const MOST: usize = 1 << 29;
 
 /// Free buffers of one element type, by length.
 type Lists<T> = BTreeMap<usize, Vec<Vec<T>>>;
 
-/// The free buffers of a thread.
-#[derive(Default)]
+/// The free buffers.
 pub(super) struct Free {
     pub(super) single: Lists<f32>,
     pub(super) double: Lists<f64>,
     bytes: usize,
 }
 
-thread_local! {
-    static FREE: RefCell<Free> = RefCell::new(Free::default());
+static FREE: Mutex<Free> =
+    Mutex::new(Free { single: BTreeMap::new(), double: BTreeMap::new(), bytes: 0 });
+
+fn free() -> MutexGuard<'static, Free> {
+    // Lists are whole after every statement that may panic.
+    FREE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// `len` elements of unspecified content.
 pub(super) fn empty<T: Float>(len: usize) -> Vec<T> {
-    let kept = FREE.with_borrow_mut(|free| {
-        let kept = T::lists(free).get_mut(&len).and_then(Vec::pop)?;
+    let kept = || {
+        let mut free = free();
+        let kept = T::lists(&mut free).get_mut(&len).and_then(Vec::pop)?;
         free.bytes -= size_of::<T>() * len;
         Some(kept)
-    });
-    kept.unwrap_or_else(|| vec![T::ZERO; len])
+    };
+    kept().unwrap_or_else(|| vec![T::ZERO; len])
 }
 
 fn keep<T: Float>(buffer: Vec<T>) {
+    let mut free = free();
     let bytes = size_of::<T>() * buffer.len();
-    // A thread that ends has no more use for it.
-    let _ended = FREE.try_with(|free| {
-        let mut free = free.borrow_mut();
-        if bytes > 0 && free.bytes + bytes <= MOST {
-            free.bytes += bytes;
-            T::lists(&mut free).entry(buffer.len()).or_default().push(buffer);
-        }
-    });
+    if bytes > 0 && free.bytes + bytes <= MOST {
+        free.bytes += bytes;
+        T::lists(&mut free).entry(buffer.len()).or_default().push(buffer);
+    }
 }
 
 /// A tensor as the tape holds it.
@@ -142,28 +144,29 @@ mod tests {
     }
 
     #[test]
+    // A length that no other test has.
     fn memory_is_kept_when_the_last_view_goes_unless_it_was_lent() {
         let tape = Tape::new();
-        let leaf = tape.leaf(Tensor::arange(0.0f64, 35.0, &candle_core::Device::Cpu).unwrap());
+        let leaf = tape.leaf(Tensor::arange(0.0f64, 1271.0, &candle_core::Device::Cpu).unwrap());
         let first = leaf.square().unwrap();
         let at = address(&first.value);
-        let view = first.reshape(&[5, 7]).unwrap().transpose(0, 1).unwrap();
+        let view = first.reshape(&[31, 41]).unwrap().transpose(0, 1).unwrap();
         drop((first, leaf, tape));
         assert_ne!(
-            address(&view.tape.constant(empty_tensor(35)).value),
+            address(&view.tape.constant(empty_tensor(1271)).value),
             at,
             "a view still holds it"
         );
         drop(view);
-        let next = empty_tensor(35);
+        let next = empty_tensor(1271);
         assert_eq!(address(&next), at);
 
         let tape = Tape::new();
-        let leaf = tape.leaf(Tensor::arange(0.0f64, 35.0, &candle_core::Device::Cpu).unwrap());
+        let leaf = tape.leaf(Tensor::arange(0.0f64, 1271.0, &candle_core::Device::Cpu).unwrap());
         let gradient = grad(&leaf.square().unwrap().sum_all().unwrap(), &[&leaf], Order::First);
         let kept = gradient.unwrap()[0].value().clone();
         drop((leaf, tape));
-        let expected: Vec<f64> = (0..35).map(|i| f64::from(2 * i)).collect();
+        let expected: Vec<f64> = (0..1271).map(|i| f64::from(2 * i)).collect();
         assert_eq!(kept.to_vec1::<f64>().unwrap(), expected, "what was lent stays");
     }
 
