@@ -13,6 +13,7 @@ use metazoa::tensor::kernels::conv::{
 use metazoa::tensor::kernels::product::{
     Level, MatrixRef, Output, Sizes, Start, Threads, product_at,
 };
+use metazoa::tensor::kernels::norm_pool::{Block, Channel, FirstCotangents, Maps};
 
 /// Layers of the bundled models, batch 32.
 const LAYERS: [(&str, Conv2dGeometry); 4] = [
@@ -107,5 +108,32 @@ fn convolutions(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, convolutions, products);
+/// The fused block after the convolutions of Conv4-32, 25 images.
+fn normalised_pooling(criterion: &mut Criterion) {
+    for side in [32, 16, 8, 4] {
+        let maps = Maps { images: 25, channels: 32, size: [side; 2] };
+        let n = maps.images * maps.channels * side * side;
+        let (x, g, h) = (normal("x", n), normal("g", n / 4), normal("h", n));
+        let channel = Channel { mean: 0.1, inverse_std: 0.9, scale: 1.1, shift: 0.2 };
+        let (channels, cotangents) = ([channel; 32], [FirstCotangents::default(); 32]);
+        let block = Block { maps, channels: &channels, x: &x };
+        let (mut y, mut dx) = (g.clone(), x.clone());
+        let sums = block.first_sums(&g);
+
+        let mut group = criterion.benchmark_group(format!("norm, relu, pool {side}x{side}"));
+        group.throughput(Throughput::Elements(n as u64)).sample_size(20);
+        group.bench_function("forward", |b| b.iter(|| black_box(&block).forward(&mut y)));
+        group.bench_function("gradient", |bencher| {
+            bencher.iter(|| block.backward(&g, &black_box(&block).first_sums(&g), &mut dx));
+        });
+        group.bench_function("gradient of the gradient", |bencher| {
+            bencher.iter(|| {
+                black_box(&block).second(&g, &h, &sums, &cotangents, &mut dx, &mut y);
+            });
+        });
+        group.finish();
+    }
+}
+
+criterion_group!(benches, convolutions, products, normalised_pooling);
 criterion_main!(benches);

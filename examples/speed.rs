@@ -12,7 +12,8 @@
 //! ```
 //!
 //! Each of the N steps (10) prints its milliseconds on a line, after one that is not counted. With
-//! `--values OUT.safetensors` nothing is timed: one step's inputs, parameters and results are written instead.
+//! `--values OUT.safetensors` nothing is timed: one step's inputs, parameters and results are written instead, for
+//! `maml` and `protonet` also the gradient in `f64`.
 #![allow(clippy::print_stdout)]
 
 use std::path::{Path, PathBuf};
@@ -193,6 +194,7 @@ fn runtime() -> Result<&'static Runtime> {
 }
 
 /// Images of one episode with their labels, class after class.
+#[derive(Clone)]
 struct Episode {
     way: usize,
     support: Tensor,
@@ -221,16 +223,32 @@ impl Episode {
 }
 
 /// A loss of parameters on an episode, and its gradient to them.
-trait EpisodeLoss {
+trait EpisodeLoss: Clone + Sync {
     fn episode(&self) -> &Episode;
 
     fn parameters(&self) -> &[Tensor];
 
+    /// The images and the parameters, to be replaced.
+    fn tensors(&mut self) -> Vec<&mut Tensor>;
+
+    /// The same in `f64`.
+    fn precise(&self) -> Result<Self> {
+        let mut twin = self.clone();
+        for tensor in twin.tensors() {
+            *tensor = tensor.to_dtype(DType::F64)?;
+        }
+        Ok(twin)
+    }
+
     /// The loss on the queries; `parameters` are leaves of `tape`.
     fn loss(&self, tape: &Tape, parameters: &[Var]) -> Result<Var>;
 
-    /// The loss and its gradient, one tensor a parameter.
+    /// The loss and its gradient, one tensor a parameter; in the pool, as `meta::train` has it.
     fn gradient(&self) -> Result<(f64, Vec<Tensor>)> {
+        rayon::scope(|_| self.gradient_here())
+    }
+
+    fn gradient_here(&self) -> Result<(f64, Vec<Tensor>)> {
         let tape = Tape::new();
         let leaves: Vec<Var> = self.parameters().iter().map(|p| tape.leaf(p.clone())).collect();
         let loss = self.loss(&tape, &leaves)?;
@@ -247,9 +265,11 @@ impl<T: EpisodeLoss> Case for T {
 
     fn values(&mut self) -> Result<TensorStore> {
         let (loss, gradients) = self.gradient()?;
+        let (_, precise) = self.precise()?.gradient()?;
         let mut store = TensorStore::default();
         let mut insert = |name: String, tensor: &Tensor| -> Result<()> {
-            store.insert(name, tensor.dims(), tensor.flatten_all()?.to_vec1::<f32>()?);
+            let values = tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+            store.insert(name, tensor.dims(), values);
             Ok(())
         };
         insert("support".into(), &self.episode().support)?;
@@ -257,6 +277,7 @@ impl<T: EpisodeLoss> Case for T {
         for (index, (parameter, gradient)) in self.parameters().iter().zip(&gradients).enumerate() {
             insert(format!("parameter.{index:02}"), parameter)?;
             insert(format!("gradient.{index:02}"), gradient)?;
+            insert(format!("precise.{index:02}"), &precise[index])?;
         }
         store.insert("loss", &[1], vec![loss as f32]);
         Ok(store)
@@ -264,6 +285,7 @@ impl<T: EpisodeLoss> Case for T {
 }
 
 /// One episode of ProtoNet: all images normalised together, as `meta::train` has them.
+#[derive(Clone)]
 struct ProtoNet {
     network: Backbone,
     parameters: Vec<Tensor>,
@@ -291,6 +313,11 @@ impl EpisodeLoss for ProtoNet {
         &self.parameters
     }
 
+    fn tensors(&mut self) -> Vec<&mut Tensor> {
+        let Episode { support, query, .. } = &mut self.episode;
+        [support, query].into_iter().chain(&mut self.parameters).collect()
+    }
+
     fn loss(&self, tape: &Tape, parameters: &[Var]) -> Result<Var> {
         let e = &self.episode;
         let images = tape.constant(Tensor::cat(&[&e.support, &e.query], 0)?);
@@ -305,6 +332,7 @@ impl EpisodeLoss for ProtoNet {
 
 /// One task of MAML (Finn et al. 2017): Conv4 with a linear head, normalised by the batch at hand
 /// (transductive, methods.md 1.3), all parameters adapted.
+#[derive(Clone)]
 struct Maml {
     network: Backbone,
     /// Those of the network, then the head's weight `[d, way]` and bias `[1, way]`.
@@ -360,6 +388,11 @@ impl EpisodeLoss for Maml {
 
     fn parameters(&self) -> &[Tensor] {
         &self.parameters
+    }
+
+    fn tensors(&mut self) -> Vec<&mut Tensor> {
+        let Episode { support, query, .. } = &mut self.episode;
+        [support, query].into_iter().chain(&mut self.parameters).collect()
     }
 
     fn loss(&self, tape: &Tape, parameters: &[Var]) -> Result<Var> {

@@ -192,10 +192,11 @@ impl Trainer {
         sampler: &EpisodeSampler,
     ) -> Result<Option<[f64; 2]>> {
         let episodes = self.config.episodes_per_step.max(1);
-        let outcomes: Vec<Outcome> = (0..episodes)
-            .into_par_iter()
-            .map(|number| self.one_episode(source, sampler, number as u64))
-            .collect::<Result<_>>()?;
+        let this = &*self;
+        let outcome = |number| this.one_episode(source, sampler, number as u64);
+        // In the pool already: a kernel called from outside it wakes and awaits a worker each time.
+        let outcomes: Vec<Outcome> =
+            rayon::scope(|_| (0..episodes).into_par_iter().map(outcome).collect::<Result<_>>())?;
         let share = 1.0 / episodes as f64;
         let mean = |value: fn(&Outcome) -> f64| outcomes.iter().map(value).sum::<f64>() * share;
         let (loss, accuracy) = (mean(|o| o.loss), mean(|o| o.accuracy));

@@ -1,8 +1,12 @@
 //! Adam (Kingma and Ba 2015, algorithm 1) on lists of parameters.
 
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
 
 use crate::error::{Error, Result};
+
+/// Values of a task.
+const TASK: usize = 1 << 14;
 
 /// Constants of the optimiser; the learning rate is given with each step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -87,12 +91,16 @@ impl Adam {
         let (keep2, add2, epsilon) = (beta2 as f32, (1.0 - beta2) as f32, epsilon as f32);
         let moments = self.first.iter_mut().zip(&mut self.second);
         for ((parameter, gradient), (m, v)) in parameters.iter_mut().zip(gradients).zip(moments) {
-            let moments = m.iter_mut().zip(v.iter_mut());
-            for ((p, &g), (m, v)) in parameter.iter_mut().zip(*gradient).zip(moments) {
-                *m = keep1 * *m + add1 * g;
-                *v = keep2 * *v + add2 * g * g;
-                *p -= size * *m / (v.sqrt() / root + epsilon);
-            }
+            let moments = m.par_chunks_mut(TASK).zip(v.par_chunks_mut(TASK));
+            let tasks = parameter.par_chunks_mut(TASK).zip(gradient.par_chunks(TASK)).zip(moments);
+            tasks.for_each(|((parameter, gradient), (m, v))| {
+                let moments = m.iter_mut().zip(v.iter_mut());
+                for ((p, &g), (m, v)) in parameter.iter_mut().zip(gradient).zip(moments) {
+                    *m = keep1 * *m + add1 * g;
+                    *v = keep2 * *v + add2 * g * g;
+                    *p -= size * *m / (v.sqrt() / root + epsilon);
+                }
+            });
         }
         Ok(())
     }

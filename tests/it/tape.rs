@@ -218,18 +218,18 @@ fn convolutions_of_several_shapes() {
     }
 }
 
-#[test]
-fn third_order_of_a_convolution_matches_its_second_order_differences() {
-    let inputs = [noise(&[1, 2, 4, 4], 16), noise(&[2, 2, 3, 3], 17)];
-    let v = [noise(&[1, 2, 4, 4], 18), noise(&[2, 2, 3, 3], 19)];
-    let f: Function<'_> = &|v| v[0].conv2d(&v[1], None, ConvOptions::same(3))?.tanh();
+/// The third derivative against differences of the second.
+fn check_third(name: &str, inputs: &[Tensor], f: Function<'_>) {
+    let v: Vec<Tensor> =
+        inputs.iter().enumerate().map(|(i, t)| noise(t.dims(), 18 + i as u64)).collect();
     let tape = Tape::new();
-    let vars = leaves(&tape, &inputs);
+    let vars = leaves(&tape, inputs);
     let wrt: Vec<&Var> = vars.iter().collect();
     let along = |loss: &Var| {
-        let g = grad(loss, &wrt, Order::Higher).unwrap();
-        let dot = |i: usize| g[i].mul(&tape.constant(v[i].clone())).unwrap().sum_all().unwrap();
-        dot(0).add(&dot(1)).unwrap()
+        let gradients = grad(loss, &wrt, Order::Higher).unwrap();
+        let dot =
+            |(g, v): (&Var, &Tensor)| g.mul(&tape.constant(v.clone())).unwrap().sum_all().unwrap();
+        gradients.iter().zip(&v).map(dot).reduce(|a, b| a.add(&b).unwrap()).unwrap()
     };
     let second = along(&along(&scalar(f, &vars)));
     let third: Vec<f64> = grad(&second, &wrt, Order::First)
@@ -239,12 +239,22 @@ fn third_order_of_a_convolution_matches_its_second_order_differences() {
         .collect();
     let at = |step: f64| {
         // d/dstep of the Hessian-vector product along v is the third derivative on (v, v).
-        hessian_vector(f, &shifted(&inputs, &v, step), &v, Order::First)
+        hessian_vector(f, &shifted(inputs, &v, step), &v, Order::First)
     };
     let expected: Vec<f64> =
         at(STEP).iter().zip(at(-STEP)).map(|(p, m)| (p - m) / (2.0 * STEP)).collect();
     let gap = distance(&third, &expected);
-    assert!(gap < TOLERANCE, "{gap:e}");
+    assert!(gap < TOLERANCE, "{name}: {gap:e}");
+}
+
+#[test]
+fn third_order_matches_differences_of_the_second() {
+    let inputs = [noise(&[1, 2, 4, 4], 16), noise(&[2, 2, 3, 3], 17)];
+    check_third("conv2d", &inputs, &|v| v[0].conv2d(&v[1], None, ConvOptions::same(3))?.tanh());
+    let inputs = [noise(&[2, 2, 4, 5], 16), positive(&[2], 17), positive(&[2], 18)];
+    check_third("batch_norm_relu_pool", &inputs, &|v| {
+        v[0].batch_norm_relu_pool(&v[1], &v[2], 1e-1)?.0.tanh()
+    });
 }
 
 #[test]
@@ -257,6 +267,10 @@ fn pooling_and_up_sampling() {
         }
         check("global_avg_pool", &x, &|v| v[0].square()?.global_avg_pool()?.square());
         check("global_max_pool", &x, &|v| v[0].square()?.global_max_pool()?.square());
+        let w = noise(&[2, dims[1], 3, 3], 21);
+        check("upsampled_conv2d", &[x[0].clone(), w], &|v| {
+            v[0].square()?.upsampled_conv2d(&v[1])?.square()
+        });
         check("upsample", &x, &|v| v[0].square()?.upsample_nearest(2)?.square());
     }
 }
@@ -275,7 +289,7 @@ fn batch_normalisation_with_and_without_relu() {
     for dims in [[3, 2, 2, 3], [2, 4, 1, 1], [4, 1, 5, 5]] {
         let c = dims[1];
         let inputs = [noise(&dims, 21), positive(&[c], 22), noise(&[c], 23)];
-        for activation in [Activation::None, Activation::Relu] {
+        for activation in [Activation::None, Activation::Relu, Activation::LeakyRelu(0.2)] {
             check("batch_norm", &inputs, &|v| {
                 v[0].batch_norm(&v[1], &v[2], 1e-2, activation)?.0.mul(&v[0])?.exp()?.log()
             });
@@ -436,6 +450,36 @@ fn f32_gradients_are_close_to_f64_ones() {
     for order in [Order::First, Order::Higher] {
         let gap = distance(&flat_gradient(f, &narrow, order), &flat_gradient(f, &inputs, order));
         assert!(gap < 1e-5, "{order:?}: {gap:e}");
+    }
+}
+
+/// The vectors of the fused block at first and second order, where rows are whole vectors and where they are not.
+#[test]
+fn f32_hessian_products_of_the_fused_block_are_close_to_f64_ones() {
+    for [height, width] in [[32, 32], [8, 8], [10, 21], [4, 4]] {
+        let inputs = [
+            noise(&[3, 2, height, width], 1),
+            tensor(vec![1.2, -0.7], &[2]),
+            tensor(vec![0.3, 0.1], &[2]),
+        ];
+        let narrow = |tensors: &[Tensor]| -> Vec<Tensor> {
+            tensors.iter().map(|t| t.to_dtype(DType::F32).unwrap()).collect()
+        };
+        let wide = |tensors: &[Tensor]| -> Vec<Tensor> {
+            tensors.iter().map(|t| t.to_dtype(DType::F64).unwrap()).collect()
+        };
+        // Both sides start from what f32 holds, so that no maximum changes place.
+        let inputs = wide(&narrow(&inputs));
+        let v: Vec<Tensor> =
+            inputs.iter().enumerate().map(|(i, t)| noise(t.dims(), 50 + i as u64)).collect();
+        let v = wide(&narrow(&v));
+        let f: Function<'_> = &|v| v[0].batch_norm_relu_pool(&v[1], &v[2], 1e-5)?.0.tanh();
+        let first = |inputs: &[Tensor]| flat_gradient(f, inputs, Order::First);
+        let gap = distance(&first(&narrow(&inputs)), &first(&inputs));
+        assert!(gap < 1e-5, "{height}x{width}: {gap:e}");
+        let second = |inputs: &[Tensor], v: &[Tensor]| hessian_vector(f, inputs, v, Order::First);
+        let gap = distance(&second(&narrow(&inputs), &narrow(&v)), &second(&inputs, &v));
+        assert!(gap < 1e-5, "{height}x{width}, second order: {gap:e}");
     }
 }
 

@@ -93,7 +93,8 @@ fn live_id(value: &Value) -> Result<usize> {
     }
 }
 
-/// Joins normalisation with a ReLU, and that with maxima of 2 x 2 blocks, which nobody else reads.
+/// Joins normalisation with the bias of the convolution before it and with a ReLU after it, and that with
+/// maxima of 2 x 2 blocks, where nobody else reads what is between.
 fn fuse<T: Float>(program: &mut Vec<Instruction<T>>, output: usize) {
     let mut readers: BTreeMap<usize, usize> = BTreeMap::from([(output, 1)]);
     for instruction in program.iter() {
@@ -104,7 +105,17 @@ fn fuse<T: Float>(program: &mut Vec<Instruction<T>>, output: usize) {
     let mut joined: Vec<Instruction<T>> = Vec::with_capacity(program.len());
     // Where in `joined` each value is made.
     let mut maker: BTreeMap<usize, usize> = BTreeMap::new();
-    for instruction in program.drain(..) {
+    for mut instruction in program.drain(..) {
+        if let Instruction::Native { op: Native::Norm { .. }, inputs, .. } = &mut instruction
+            && let Source::Live(id, _) = inputs[0]
+            && readers.get(&id) == Some(&1)
+            && let Some(&at) = maker.get(&id)
+            && let Instruction::Native { op: Native::Conv(_), inputs: operands, .. } =
+                &mut joined[at]
+            && operands.len() == 3
+        {
+            inputs.extend(operands.pop());
+        }
         if let Instruction::Native { op, inputs, output, .. } = &instruction
             && let [Source::Live(id, _)] = inputs.as_slice()
             && readers.get(id) == Some(&1)

@@ -25,7 +25,8 @@ pub(super) enum Source {
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Native {
     Conv(Conv2dGeometry),
-    /// Batch normalisation, number `layer`; then ReLU; then maxima of 2 x 2 blocks.
+    /// Batch normalisation, number `layer`, of a value plus a channel's bias where there is a fourth input;
+    /// then ReLU; then maxima of 2 x 2 blocks.
     Norm {
         layer: usize,
         epsilon: f64,
@@ -167,7 +168,7 @@ impl Native {
                 let (factor, offset) = (&inputs[1], &inputs[2]);
                 match statistics {
                     Statistics::Batch => {
-                        let (y, seen) = match then {
+                        let (y, mut seen) = match then {
                             Then::Nothing => {
                                 x.batch_norm(factor, offset, *epsilon, Activation::None)?
                             }
@@ -178,12 +179,21 @@ impl Native {
                                 x.batch_norm_relu_pool(factor, offset, *epsilon)?
                             }
                         };
+                        // The mean takes a bias away again, so its gradient is 0: it moves the mean alone.
+                        if let Some(bias) = inputs.get(3) {
+                            for (mean, bias) in seen.mean.iter_mut().zip(bias.numbers()?) {
+                                *mean += bias;
+                            }
+                        }
                         own.push(seen);
                         Ok(y)
                     }
                     Statistics::Given(given) => {
-                        let (scale, shift) =
+                        let (scale, mut shift) =
                             given[*layer].scale_and_shift(factor, offset, *epsilon)?;
+                        if let Some(bias) = inputs.get(3) {
+                            shift = shift.add(&scale.mul(bias)?)?;
+                        }
                         match then {
                             Then::Nothing => x.channel_affine(&scale, &shift, Activation::None),
                             Then::Relu => x.channel_affine(&scale, &shift, Activation::Relu),

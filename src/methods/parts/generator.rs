@@ -78,9 +78,8 @@ impl Generator {
         let mut x = base.batch_norm(&p[3], &p[4], EPSILON, Activation::None)?.0;
         for layer in 0..2 {
             let at = 5 + 3 * layer;
-            x = x.upsample_nearest(2)?.conv2d(&p[at], None, same)?;
-            x = x.batch_norm(&p[at + 1], &p[at + 2], EPSILON, Activation::None)?.0;
-            x = x.leaky_relu(SLOPE)?;
+            x = x.upsampled_conv2d(&p[at])?;
+            x = x.batch_norm(&p[at + 1], &p[at + 2], EPSILON, Activation::LeakyRelu(SLOPE))?.0;
         }
         x.conv2d(&p[11], Some(&p[12]), same)?.sigmoid()
     }

@@ -6,15 +6,34 @@
 use rayon::prelude::*;
 
 use super::Element;
-use super::map::{sum, sum_zip};
+use super::channel::moments;
+use super::vector::at_each_level;
+
+/// Values of a task.
+const TASK: usize = 1 << 14;
+/// Partial sums kept apart so that the compiler can use vector registers.
+const LANES: usize = 32;
 
 /// What follows the normalisation in the same pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Activation {
     /// Nothing.
     None,
     /// max(x, 0), with derivative 0 at 0; NaN stays NaN.
     Relu,
+    /// x where positive, else this slope (positive) times x; NaN stays NaN.
+    LeakyRelu(f64),
+}
+
+impl Activation {
+    /// The slope where the value is not positive.
+    pub(crate) fn below(self) -> f64 {
+        match self {
+            Self::None => 1.0,
+            Self::Relu => 0.0,
+            Self::LeakyRelu(slope) => slope,
+        }
+    }
 }
 
 /// Sizes of a batch `[images, channels, plane]`, the plane being height times width.
@@ -34,8 +53,9 @@ impl Planes {
         self.images * self.plane
     }
 
-    fn image(&self) -> usize {
-        self.channels * self.plane
+    /// Planes of a task.
+    fn part(&self) -> usize {
+        (TASK / self.plane.max(1)).max(1)
     }
 }
 
@@ -50,10 +70,10 @@ pub fn batch_statistics<T: Element>(p: &Planes, x: &[T], mean: &mut [T], varianc
     let n = T::of(p.plane as f64);
     let parts: Vec<(T, T)> = x
         .par_chunks(p.plane)
-        .with_min_len(p.channels)
+        .with_min_len(p.part())
         .map(|plane| {
-            let mean = sum(plane) / n;
-            (mean, sum_zip(plane, plane, |a, _| (a - mean) * (a - mean)))
+            let mean = moments(T::ZERO, plane)[0] / n;
+            (mean, moments(mean, plane)[1])
         })
         .collect();
     let images = T::of(p.images as f64);
@@ -75,27 +95,110 @@ pub fn channel_affine<T: Element>(
     activation: Activation,
     y: &mut [T],
 ) {
-    if p.image() == 0 {
+    if y.is_empty() {
         return;
     }
-    y.par_chunks_mut(p.image()).zip(x.par_chunks(p.image())).for_each(|(y, x)| {
+    let part = p.part();
+    let tasks = y.par_chunks_mut(part * p.plane).zip(x.par_chunks(part * p.plane));
+    tasks.enumerate().for_each(|(task, (y, x))| {
         let planes = y.chunks_exact_mut(p.plane).zip(x.chunks_exact(p.plane));
-        for (((y, x), &scale), &shift) in planes.zip(scale).zip(shift) {
-            match activation {
-                Activation::None => {
-                    for (y, &x) in y.iter_mut().zip(x) {
-                        *y = x * scale + shift;
-                    }
-                }
-                Activation::Relu => {
-                    for (y, &x) in y.iter_mut().zip(x) {
-                        let value = x * scale + shift;
-                        *y = if value <= T::ZERO { T::ZERO } else { value };
-                    }
-                }
-            }
+        for (at, (y, x)) in planes.enumerate() {
+            let c = (task * part + at) % p.channels;
+            affine(activation, scale[c], shift[c], x, y);
         }
     });
+}
+
+at_each_level! {
+    /// `y = act(x * scale + shift)`.
+    affine = affine_body(activation: Activation, scale: T, shift: T, x: &[T], y: &mut [T])
+}
+
+at_each_level! {
+    /// Sums of `d` and of `d (x - mean)`, `d` being `dy` before the activation.
+    sums = sums_body(normal: Plane<T>, x: &[T], dy: &[T]) -> [T; 2]
+}
+
+at_each_level! {
+    /// `dx = scale * d + offset + slope * x`, `d` being `dy` before the activation.
+    spread = spread_body(normal: Plane<T>, offset: T, slope: T, x: &[T], dy: &[T], dx: &mut [T])
+}
+
+/// One channel's normalisation and the slope of the activation where the value is not positive.
+#[derive(Clone, Copy)]
+struct Plane<T> {
+    mean: T,
+    scale: T,
+    shift: T,
+    below: T,
+}
+
+impl<T: Element> Plane<T> {
+    /// The gradient before the activation.
+    #[inline(always)]
+    fn before(&self, x: T, dy: T) -> T {
+        if x * self.scale + self.shift > T::ZERO { dy } else { self.below * dy }
+    }
+}
+
+#[inline(always)]
+fn affine_body<T: Element>(activation: Activation, scale: T, shift: T, x: &[T], y: &mut [T]) {
+    match activation {
+        Activation::None => {
+            for (y, &x) in y.iter_mut().zip(x) {
+                *y = x * scale + shift;
+            }
+        }
+        Activation::Relu => {
+            for (y, &x) in y.iter_mut().zip(x) {
+                let value = x * scale + shift;
+                *y = if value <= T::ZERO { T::ZERO } else { value };
+            }
+        }
+        Activation::LeakyRelu(slope) => {
+            let slope = T::of(slope);
+            for (y, &x) in y.iter_mut().zip(x) {
+                let value = x * scale + shift;
+                *y = if value <= T::ZERO { slope * value } else { value };
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn sums_body<T: Element>(normal: Plane<T>, x: &[T], dy: &[T]) -> [T; 2] {
+    let (mut direct, mut along) = ([T::ZERO; LANES], [T::ZERO; LANES]);
+    let (xs, ds) = (x.chunks_exact(LANES), dy.chunks_exact(LANES));
+    let rest = xs.remainder().iter().zip(ds.remainder());
+    for (x, dy) in xs.zip(ds) {
+        for i in 0..LANES {
+            let d = normal.before(x[i], dy[i]);
+            direct[i] += d;
+            along[i] += d * (x[i] - normal.mean);
+        }
+    }
+    for (i, (&x, &dy)) in rest.enumerate() {
+        let d = normal.before(x, dy);
+        direct[i] += d;
+        along[i] += d * (x - normal.mean);
+    }
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            let (other, tilted) = (direct[i + half], along[i + half]);
+            direct[i] += other;
+            along[i] += tilted;
+        }
+        half /= 2;
+    }
+    [direct[0], along[0]]
+}
+
+#[inline(always)]
+fn spread_body<T: Element>(normal: Plane<T>, offset: T, slope: T, x: &[T], dy: &[T], dx: &mut [T]) {
+    for ((dx, &x), &dy) in dx.iter_mut().zip(x).zip(dy) {
+        *dx = normal.scale * normal.before(x, dy) + (offset + slope * x);
+    }
 }
 
 /// What the forward pass leaves for the backward pass: one value a channel each.
@@ -124,58 +227,42 @@ pub fn batch_norm_backward<T: Element>(
     d_factor: &mut [T],
     d_offset: &mut [T],
 ) {
-    if p.image() == 0 || p.images == 0 {
+    if dx.is_empty() {
         return;
     }
-    let parts: Vec<(T, T)> = x
+    let normal = |c: usize| Plane {
+        mean: norm.mean[c],
+        scale: norm.scale[c],
+        shift: norm.shift[c],
+        below: T::of(norm.activation.below()),
+    };
+    let parts: Vec<[T; 2]> = x
         .par_chunks(p.plane)
-        .with_min_len(p.channels)
+        .with_min_len(p.part())
         .zip(dy.par_chunks(p.plane))
         .enumerate()
-        .map(|(at, (x, dy))| {
-            let c = at % p.channels;
-            let (scale, shift, mean) = (norm.scale[c], norm.shift[c], norm.mean[c]);
-            match norm.activation {
-                Activation::None => (sum(dy), sum_zip(x, dy, |x, d| d * (x - mean))),
-                Activation::Relu => {
-                    let pass = |x: T, d: T| if x * scale + shift > T::ZERO { d } else { T::ZERO };
-                    (sum_zip(x, dy, pass), sum_zip(x, dy, |x, d| pass(x, d) * (x - mean)))
-                }
-            }
-        })
+        .map(|(at, (x, dy))| sums(normal(at % p.channels), x, dy))
         .collect();
     for channel in 0..p.channels {
         let own = || parts.iter().skip(channel).step_by(p.channels);
-        d_offset[channel] = own().map(|part| part.0).sum();
-        d_factor[channel] = own().map(|part| part.1).sum::<T>() * norm.inverse_std[channel];
+        d_offset[channel] = own().map(|part| part[0]).sum();
+        d_factor[channel] = own().map(|part| part[1]).sum::<T>() * norm.inverse_std[channel];
     }
     let count = T::of(p.per_channel() as f64);
     let (d_factor, d_offset) = (&*d_factor, &*d_offset);
-    dx.par_chunks_mut(p.image())
-        .zip(x.par_chunks(p.image()))
-        .zip(dy.par_chunks(p.image()))
-        .for_each(|((dx, x), dy)| {
-            let planes = dx
-                .chunks_exact_mut(p.plane)
-                .zip(x.chunks_exact(p.plane))
-                .zip(dy.chunks_exact(p.plane));
-            for (c, ((dx, x), dy)) in planes.enumerate() {
-                let (scale, shift) = (norm.scale[c], norm.shift[c]);
-                let along = d_factor[c] / count * norm.inverse_std[c];
-                let constant = d_offset[c] / count - norm.mean[c] * along;
-                match norm.activation {
-                    Activation::None => {
-                        for ((dx, &x), &d) in dx.iter_mut().zip(x).zip(dy) {
-                            *dx = scale * (d - constant - x * along);
-                        }
-                    }
-                    Activation::Relu => {
-                        for ((dx, &x), &d) in dx.iter_mut().zip(x).zip(dy) {
-                            let d = if x * scale + shift > T::ZERO { d } else { T::ZERO };
-                            *dx = scale * (d - constant - x * along);
-                        }
-                    }
-                }
-            }
-        });
+    let part = p.part();
+    let tasks = dx
+        .par_chunks_mut(part * p.plane)
+        .zip(x.par_chunks(part * p.plane))
+        .zip(dy.par_chunks(part * p.plane));
+    tasks.enumerate().for_each(|(task, ((dx, x), dy))| {
+        let planes =
+            dx.chunks_exact_mut(p.plane).zip(x.chunks_exact(p.plane)).zip(dy.chunks_exact(p.plane));
+        for (at, ((dx, x), dy)) in planes.enumerate() {
+            let c = (task * part + at) % p.channels;
+            let slope = -norm.scale[c] * (d_factor[c] / count * norm.inverse_std[c]);
+            let offset = -norm.scale[c] * (d_offset[c] / count) - norm.mean[c] * slope;
+            spread(normal(c), offset, slope, x, dy, dx);
+        }
+    });
 }

@@ -5,6 +5,7 @@
 use rayon::prelude::*;
 
 use super::Element;
+use super::vector::at_each_level;
 
 /// Planes `[planes, height, width]` cut into `k x k` blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -140,6 +141,10 @@ pub fn block_sum<T: Element>(blocks: &Blocks, x: &[T], y: &mut [T]) {
     let (side, width) = (blocks.side, blocks.large[1]);
     y.par_chunks_mut(blocks.small_len()).zip(x.par_chunks(blocks.large_len())).for_each(
         |(y, x)| {
+            if side == 2 && width % 2 == 0 {
+                sum_pairs(width, x, y);
+                return;
+            }
             blocks.each(|small, large| {
                 let mut total = T::ZERO;
                 for row in 0..side {
@@ -167,8 +172,12 @@ pub fn block_repeat<T: Element>(blocks: &Blocks, y: &[T], x: &mut [T]) {
         |(x, y)| {
             for (block_row, y) in x.chunks_mut(side * width).zip(y.chunks_exact(columns)) {
                 let (first, others) = block_row.split_at_mut(width);
-                for (cells, &value) in first[..whole].chunks_exact_mut(side).zip(y) {
-                    cells.fill(value);
+                if side == 2 {
+                    repeat_pairs(y, &mut first[..whole]);
+                } else {
+                    for (cells, &value) in first[..whole].chunks_exact_mut(side).zip(y) {
+                        cells.fill(value);
+                    }
                 }
                 first[whole..].fill(T::ZERO);
                 for row in others.chunks_exact_mut(width) {
@@ -178,6 +187,35 @@ pub fn block_repeat<T: Element>(blocks: &Blocks, y: &[T], x: &mut [T]) {
             x[y.len() / columns * side * width..].fill(T::ZERO);
         },
     );
+}
+
+at_each_level! {
+    /// `y = sum over 2x2` of a plane of even width.
+    sum_pairs = sum_pairs_body(width: usize, x: &[T], y: &mut [T])
+}
+
+at_each_level! {
+    /// `x` is each of `y` twice.
+    repeat_pairs = repeat_pairs_body(y: &[T], x: &mut [T])
+}
+
+#[inline(always)]
+fn sum_pairs_body<T: Element>(width: usize, x: &[T], y: &mut [T]) {
+    for (x, y) in x.chunks_exact(2 * width).zip(y.chunks_exact_mut(width / 2)) {
+        let (top, bottom) = x.split_at(width);
+        let pairs = top.chunks_exact(2).zip(bottom.chunks_exact(2));
+        for (y, (t, u)) in y.iter_mut().zip(pairs) {
+            *y = t[0] + t[1] + u[0] + u[1];
+        }
+    }
+}
+
+#[inline(always)]
+fn repeat_pairs_body<T: Element>(y: &[T], x: &mut [T]) {
+    for (x, &y) in x.chunks_exact_mut(2).zip(y) {
+        x[0] = y;
+        x[1] = y;
+    }
 }
 
 #[cfg(test)]
@@ -222,7 +260,7 @@ mod tests {
 
     #[test]
     fn gather_and_scatter_and_sum_and_repeat_are_transposes() {
-        for (side, large) in [(2, [5, 7]), (3, [7, 9]), (2, [4, 6])] {
+        for (side, large) in [(2, [5, 7]), (3, [7, 9]), (2, [4, 6]), (2, [5, 34])] {
             let blocks = Blocks { planes: 2, large, side };
             let n_large = 2 * large[0] * large[1];
             let n_small = 2 * blocks.small()[0] * blocks.small()[1];

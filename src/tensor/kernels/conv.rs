@@ -13,7 +13,7 @@ use super::product::{self, Left, Output, Sizes, Start};
 use super::vector::Level;
 use super::winograd::Filters;
 use super::{Element, scratch};
-use super::{depthwise, direct, pointwise, winograd};
+use super::{depthwise, direct, pointwise, weight_gradient, winograd};
 
 /// Images per partial sum of the weight gradient; fixed so that the sum's order is fixed.
 const WEIGHT_GRADIENT_IMAGES: usize = 8;
@@ -404,6 +404,16 @@ pub fn conv2d_weight_gradient<T: Element>(g: &Conv2dGeometry, x: &[T], dy: &[T],
     assert_eq!(x.len(), g.batch * input, "conv2d_weight_gradient: input size");
     assert_eq!(dy.len(), g.batch * output, "conv2d_weight_gradient: output size");
     assert_eq!(dw.len(), g.weights(), "conv2d_weight_gradient: weight size");
+    if let Some(level) = Level::detected()
+        && weight_gradient::serves(g)
+        && let (Some(x), Some(dy)) = (T::as_f32(x), T::as_f32(dy))
+        && let Some(dw) = T::as_f32_mut(dw)
+        && !x.is_empty()
+        && !dy.is_empty()
+    {
+        weight_gradient::weight_gradient(level, g, x, dy, dw);
+        return;
+    }
     dw.fill(T::ZERO);
     if x.is_empty() || dy.is_empty() {
         return;

@@ -15,28 +15,24 @@ const BLOCK: usize = 1 << 14;
 const LANES: usize = 16;
 
 /// `y = f(x)`.
-pub fn map<T: Element>(x: &[T], y: &mut [T], f: impl Fn(T) -> T + Sync + Send) {
-    y.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK)).for_each(|(y, x)| {
-        for (y, &x) in y.iter_mut().zip(x) {
-            *y = f(x);
-        }
-    });
+pub fn map<T: Element>(x: &[T], y: &mut [T], f: impl One<T>) {
+    let blocks = y.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK));
+    blocks.for_each(|(y, x)| block(x, y, f));
 }
 
 /// `y = f(a, b)`.
-pub fn zip<T: Element>(a: &[T], b: &[T], y: &mut [T], f: impl Fn(T, T) -> T + Sync + Send) {
-    y.par_chunks_mut(BLOCK).zip(a.par_chunks(BLOCK)).zip(b.par_chunks(BLOCK)).for_each(
-        |((y, a), b)| {
-            for ((y, &a), &b) in y.iter_mut().zip(a).zip(b) {
-                *y = f(a, b);
-            }
-        },
-    );
+pub fn zip<T: Element>(a: &[T], b: &[T], y: &mut [T], f: impl Two<T>) {
+    let blocks = y.par_chunks_mut(BLOCK).zip(a.par_chunks(BLOCK)).zip(b.par_chunks(BLOCK));
+    blocks.for_each(|((y, a), b)| block_two(a, b, y, f));
 }
 
 /// A function of one number that may run on many threads.
 pub trait One<T>: Fn(T) -> T + Copy + Sync + Send {}
 impl<T, F: Fn(T) -> T + Copy + Sync + Send> One<T> for F {}
+
+/// A function of two numbers that may run on many threads.
+pub trait Two<T>: Fn(T, T) -> T + Copy + Sync + Send {}
+impl<T, F: Fn(T, T) -> T + Copy + Sync + Send> Two<T> for F {}
 
 /// A function of three numbers that may run on many threads. Large ones are types of their own with
 /// `#[inline(always)]`: a closure that is not inlined is compiled without the level's instructions.
@@ -57,6 +53,11 @@ at_each_level! {
 }
 
 at_each_level! {
+    /// `y = f(a, b)` on one thread, with the best vector instructions.
+    block_two<F: Two<T>> = block_two_body(a: &[T], b: &[T], y: &mut [T], f: F)
+}
+
+at_each_level! {
     /// `to = f(a, b, c)` on one thread, with the best vector instructions; added to `to` when `add`.
     pub block_three<F: Three<T>> = block_three_body(
         a: &[T], b: &[T], c: &[T], to: &mut [T], add: bool, f: F
@@ -67,6 +68,13 @@ at_each_level! {
 fn block_body<T: Element, F: One<T>>(x: &[T], y: &mut [T], f: F) {
     for (y, &x) in y.iter_mut().zip(x) {
         *y = f(x);
+    }
+}
+
+#[inline(always)]
+fn block_two_body<T: Element, F: Two<T>>(a: &[T], b: &[T], y: &mut [T], f: F) {
+    for ((y, &a), &b) in y.iter_mut().zip(a).zip(b) {
+        *y = f(a, b);
     }
 }
 

@@ -21,6 +21,7 @@ pub mod scratch;
 pub mod special;
 pub mod turn;
 mod vector;
+pub mod weight_gradient;
 mod winograd;
 
 pub use element::Element;

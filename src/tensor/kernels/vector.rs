@@ -126,6 +126,8 @@ pub(super) trait Vector: Copy {
     unsafe fn load_twice(from: *const f32) -> Self;
     /// Neighbouring lanes exchanged.
     unsafe fn swap_pairs(self) -> Self;
+    /// The even lanes to `LANES / 2` floats.
+    unsafe fn store_even(self, to: *mut f32);
     /// NaN in the even lanes.
     unsafe fn odd_or_nan(self) -> Self;
     /// `self` where `a == b`, else 0.
@@ -145,15 +147,16 @@ pub(super) trait Vector: Copy {
 pub(super) mod x86 {
     use std::arch::x86_64::{
         __m256, __m512, _CMP_EQ_OQ, _CMP_GE_OQ, _CMP_LE_OQ, _CMP_NEQ_UQ, _mm_loadu_ps,
-        _mm256_add_ps, _mm256_and_ps, _mm256_blend_ps, _mm256_castps128_ps256, _mm256_cmp_ps,
-        _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_max_ps, _mm256_mul_ps, _mm256_permute_ps,
-        _mm256_permute2f128_ps, _mm256_permutevar8x32_ps, _mm256_set1_ps, _mm256_setr_epi32,
-        _mm256_shuffle_ps, _mm256_storeu_ps, _mm256_sub_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps,
-        _mm512_add_ps, _mm512_castps256_ps512, _mm512_cmp_ps_mask, _mm512_fmadd_ps,
-        _mm512_loadu_ps, _mm512_mask_mov_ps, _mm512_maskz_mov_ps, _mm512_max_ps, _mm512_mul_ps,
-        _mm512_permute_ps, _mm512_permutexvar_ps, _mm512_set1_ps, _mm512_setr_epi32,
-        _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_shuffle_ps, _mm512_storeu_ps,
-        _mm512_sub_ps, _mm512_unpackhi_ps, _mm512_unpacklo_ps,
+        _mm_storeu_ps, _mm256_add_ps, _mm256_and_ps, _mm256_blend_ps, _mm256_castps128_ps256,
+        _mm256_castps256_ps128, _mm256_cmp_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_max_ps,
+        _mm256_mul_ps, _mm256_permute_ps, _mm256_permute2f128_ps, _mm256_permutevar8x32_ps,
+        _mm256_set1_ps, _mm256_setr_epi32, _mm256_shuffle_ps, _mm256_storeu_ps, _mm256_sub_ps,
+        _mm256_unpackhi_ps, _mm256_unpacklo_ps, _mm512_add_ps, _mm512_castps256_ps512,
+        _mm512_castps512_ps256, _mm512_cmp_ps_mask, _mm512_fmadd_ps, _mm512_loadu_ps,
+        _mm512_mask_mov_ps, _mm512_maskz_mov_ps, _mm512_max_ps, _mm512_mul_ps, _mm512_permute_ps,
+        _mm512_permutexvar_ps, _mm512_set1_ps, _mm512_setr_epi32, _mm512_setzero_ps,
+        _mm512_shuffle_f32x4, _mm512_shuffle_ps, _mm512_storeu_ps, _mm512_sub_ps,
+        _mm512_unpackhi_ps, _mm512_unpacklo_ps,
     };
 
     use super::Vector;
@@ -229,6 +232,14 @@ pub(super) mod x86 {
         #[inline(always)]
         unsafe fn swap_pairs(self) -> Self {
             Self(_mm512_permute_ps::<0b10_11_00_01>(self.0))
+        }
+
+        // SAFETY: the trait's contract.
+        #[inline(always)]
+        unsafe fn store_even(self, to: *mut f32) {
+            let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 0, 0, 0, 0, 0, 0, 0);
+            let half = _mm512_castps512_ps256(_mm512_permutexvar_ps(even, self.0));
+            _mm256_storeu_ps(to, half);
         }
 
         // SAFETY: the trait's contract.
@@ -361,6 +372,13 @@ pub(super) mod x86 {
         #[inline(always)]
         unsafe fn swap_pairs(self) -> Self {
             Self(_mm256_permute_ps::<0b10_11_00_01>(self.0))
+        }
+
+        // SAFETY: the trait's contract.
+        #[inline(always)]
+        unsafe fn store_even(self, to: *mut f32) {
+            let even = _mm256_setr_epi32(0, 2, 4, 6, 0, 0, 0, 0);
+            _mm_storeu_ps(to, _mm256_castps256_ps128(_mm256_permutevar8x32_ps(self.0, even)));
         }
 
         // SAFETY: the trait's contract.

@@ -2,6 +2,7 @@
 
 use candle_core::Tensor;
 
+use super::memory::Value;
 use super::value::{Float, Slice, build, by_dtype};
 use super::{Rule, Step, Var};
 use crate::error::Result;
@@ -16,7 +17,7 @@ enum Binary {
 }
 
 impl Binary {
-    fn value(self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    fn value(self, a: &Tensor, b: &Tensor) -> Result<Value> {
         if a.dims() == b.dims() && a.device().is_cpu() && a.dtype() == b.dtype() {
             let (a, b) = (a.contiguous()?, b.contiguous()?);
             return by_dtype(
@@ -25,15 +26,15 @@ impl Binary {
                 || self.on_slices::<f64>(&a, &b),
             );
         }
-        Ok(match self {
+        Ok(Value::own(match self {
             Self::Add => a.broadcast_add(b)?,
             Self::Sub => a.broadcast_sub(b)?,
             Self::Mul => a.broadcast_mul(b)?,
             Self::Div => a.broadcast_div(b)?,
-        })
+        }))
     }
 
-    fn on_slices<T: Float>(self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    fn on_slices<T: Float>(self, a: &Tensor, b: &Tensor) -> Result<Value> {
         let dims = a.dims();
         let (a, b) = (Slice::<T>::new(a)?, Slice::<T>::new(b)?);
         build::<T>(dims, |y| match self {
@@ -129,7 +130,7 @@ impl Var {
                 || affine::<f64>(&x, factor, offset),
             )?
         } else {
-            self.value.affine(factor, offset)?
+            self.value.affine(factor, offset)?.into()
         };
         self.tape.record(&[self], value, Affine { factor })
     }
@@ -151,7 +152,7 @@ impl Var {
     }
 }
 
-fn affine<T: Float>(x: &Tensor, factor: f64, offset: f64) -> Result<Tensor> {
+fn affine<T: Float>(x: &Tensor, factor: f64, offset: f64) -> Result<Value> {
     let slice = Slice::<T>::new(x)?;
     let (factor, offset) = (T::of(factor), T::of(offset));
     build::<T>(x.dims(), |y| map::map(&slice, y, |x| x * factor + offset))

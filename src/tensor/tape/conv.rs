@@ -8,13 +8,15 @@
 
 use candle_core::Tensor;
 
+use super::memory::{Value, empty};
 use super::reduce::KeepDims;
-use super::value::{Float, Slice, build, by_dtype};
-use super::{Rule, Step, Var};
+use super::value::{Float, Slice, build, by_dtype, from_vec};
+use super::{Order, Rule, Step, Var};
 use crate::error::{Error, Result};
 use crate::tensor::kernels::conv::{
     Conv2dGeometry, conv2d, conv2d_input_gradient, conv2d_weight_gradient,
 };
+use crate::tensor::kernels::weight_gradient::upsampled_weight_gradient;
 
 /// Stride and zero padding of a square convolution, the same on all sides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,12 +85,12 @@ impl Conv {
                 || self.kernel::<f64>(&a, &b, None),
             )?
         } else {
-            self.by_candle(&a.value, &b.value)?
+            self.by_candle(&a.value, &b.value)?.into()
         };
         a.tape.record(&[a, b], value, self)
     }
 
-    fn kernel<T: Float>(&self, a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    fn kernel<T: Float>(&self, a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<Value> {
         let (a, b) = (Slice::<T>::new(a)?, Slice::<T>::new(b)?);
         let bias = bias.map(Slice::<T>::new).transpose()?;
         build::<T>(&self.output_dims(), |y| match self.kind {
@@ -191,7 +193,64 @@ impl Rule for BiasedConv {
     }
 }
 
+/// Nearest up-sampling by two, then a 3x3 convolution of padding 1: the up-sampled images are not kept.
+struct UpsampledConv(Conv);
+
+impl UpsampledConv {
+    /// The gradient to the weights from the images before up-sampling, where there is a kernel for it.
+    fn weight_gradient<T: Float>(&self, x: &Tensor, g: &Tensor) -> Result<Option<Value>> {
+        let (x, g) = (Slice::<T>::new(x)?, Slice::<T>::new(g)?);
+        let mut dw = empty(self.0.geometry.weights());
+        if !upsampled_weight_gradient(&self.0.geometry, &x, &g, &mut dw) {
+            return Ok(None);
+        }
+        from_vec(dw, &self.0.of(Kind::Weight).output_dims()).map(Some)
+    }
+}
+
+impl Rule for UpsampledConv {
+    fn vjp(&self, step: &Step<'_>) -> Result<Vec<Option<Var>>> {
+        let (x, w, g) = (&step.inputs[0], &step.inputs[1], step.cotangent);
+        let to_x = || self.0.of(Kind::Input).apply(g, w)?.sum_of_blocks(2);
+        let to_w = || {
+            if step.order == Order::First && g.device().is_cpu() {
+                let (xv, gv) = (x.value.contiguous()?, g.value.contiguous()?);
+                let found = by_dtype(
+                    gv.dtype(),
+                    || self.weight_gradient::<f32>(&xv, &gv),
+                    || self.weight_gradient::<f64>(&xv, &gv),
+                )?;
+                if let Some(found) = found {
+                    return Ok(g.constant_like(found));
+                }
+            }
+            self.0.of(Kind::Weight).apply(&x.upsample_nearest(2)?, g)
+        };
+        Ok(vec![
+            if step.needs[0] { Some(to_x()?) } else { None },
+            if step.needs[1] { Some(to_w()?) } else { None },
+        ])
+    }
+}
+
 impl Var {
+    /// [`Var::upsample_nearest`] by two, then [`Var::conv2d`] with weights `[O, C, 3, 3]`, padding 1 and no bias.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn upsampled_conv2d(&self, weight: &Self) -> Result<Self> {
+        let same = ConvOptions::same(3);
+        let ([n, c, height, width], w) = (self.dims4()?, weight.dims4()?);
+        if w[2..] != [3, 3] {
+            return Err(Error::internal(format!("convolution 3x3 with weights of shape `{w:?}`")));
+        }
+        // As constants: only the result is recorded.
+        let value = self.detach().upsample_nearest(2)?.conv2d(&weight.detach(), None, same)?.value;
+        let geometry = same.geometry([n, c, 2 * height, 2 * width], w);
+        let rule = UpsampledConv(Conv { kind: Kind::Forward, geometry });
+        self.tape.record(&[self, weight], value, rule)
+    }
+
     /// 2-D convolution of images `[N, C, H, W]` with weights `[O, C, k, k]` and a bias `[O]`:
     /// `[N, O, Ho, Wo]`.
     ///
@@ -238,7 +297,7 @@ impl Var {
             )?
         } else {
             let plain = conv.by_candle(&self.value, &weight.value)?;
-            plain.broadcast_add(&bias.value.reshape((1, w[0], 1, 1))?)?
+            plain.broadcast_add(&bias.value.reshape((1, w[0], 1, 1))?)?.into()
         };
         self.tape.record(&[self, weight, bias], value, BiasedConv(conv))
     }
@@ -277,7 +336,7 @@ mod tests {
                 let kernel = conv.kernel::<f64>(a, b, None).unwrap();
                 let candle = conv.by_candle(a, b).unwrap();
                 assert_eq!(kernel.dims(), candle.dims(), "{kind:?} {x:?}");
-                let gap = (kernel - candle).unwrap().abs().unwrap().max_all().unwrap();
+                let gap = (&*kernel - candle).unwrap().abs().unwrap().max_all().unwrap();
                 assert!(gap.to_vec0::<f64>().unwrap() < 1e-10, "{kind:?} {x:?} {stride} {padding}");
             }
         }

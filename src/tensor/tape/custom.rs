@@ -1,8 +1,8 @@
 //! Operations from outside the tape, differentiable once: what only a compiled step of a graph knows.
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
-use super::value::{Float, Slice, from_vec};
+use super::value::{Float, Slice};
 use super::{Order, Rule, Step, Tape, Var};
 use crate::error::{Error, Result};
 
@@ -75,5 +75,5 @@ pub fn with_slices<T: Float, R>(tensors: &[&Tensor], read: impl FnOnce(&[&[T]]) 
 /// # Errors
 /// When their number does not fit.
 pub fn tensor_of<T: Float>(values: Vec<T>, dims: &[usize]) -> Result<Tensor> {
-    from_vec(values, dims)
+    Ok(Tensor::from_vec(values, dims, &Device::Cpu)?)
 }

@@ -1,8 +1,10 @@
 //! The backward pass: one walk over the tape from the output down, no recursion.
 
-use candle_core::Tensor;
+use std::collections::BTreeMap;
+use std::rc::Rc;
 
-use super::{Source, Step, Tape, Var};
+use super::memory::Value;
+use super::{Made, Rule, Source, Step, Tape, Var};
 use crate::error::{Error, Result};
 
 /// Whether a gradient will itself be differentiated.
@@ -26,7 +28,7 @@ pub fn grad(loss: &Var, wrt: &[&Var], order: Order) -> Result<Vec<Var>> {
             loss.dims()
         )));
     }
-    let seed = loss.constant_like(loss.value().ones_like()?);
+    let seed = loss.constant_like(loss.value.ones_like()?);
     vjp(loss, &seed, wrt, order)
 }
 
@@ -64,7 +66,7 @@ pub fn vjp(output: &Var, cotangent: &Var, wrt: &[&Var], order: Order) -> Result<
         .zip(found)
         .map(|(var, gradient)| match gradient {
             Some(gradient) => Ok(gradient),
-            None => Ok(tape.constant(var.value().zeros_like()?)),
+            None => Ok(tape.constant(var.value.zeros_like()?)),
         })
         .collect()
 }
@@ -80,18 +82,34 @@ fn walk(
     let depends = dependents(tape, last, wanted);
     let mut cotangents: Vec<Option<Var>> = vec![None; last + 1];
     cotangents[last] = Some(seed);
+    // Those of further outputs, by the node of the operation; they lie after it, so they come first.
+    let mut waiting: BTreeMap<usize, Vec<Option<Var>>> = BTreeMap::new();
     for id in (0..=last).rev() {
         if !depends[id] {
             continue;
         }
-        let Some(cotangent) = cotangents[id].take() else { continue };
+        let further = waiting.remove(&id).unwrap_or_default();
+        let cotangent = match cotangents[id].take() {
+            Some(cotangent) => cotangent,
+            None if further.is_empty() => continue,
+            None => tape.constant(tape.nodes.borrow()[id].value.zeros_like()?),
+        };
         for (slot, _) in wanted.iter().enumerate().filter(|&(_, &want)| want == id) {
             found[slot] = Some(cotangent.clone());
         }
         let (rule, output, inputs, ids) = {
             let nodes = tape.nodes.borrow();
             let node = &nodes[id];
-            let Some(rule) = node.rule.clone() else { continue };
+            let rule = match (&node.made, node.inputs.as_slice()) {
+                (Made::By(rule), _) => Rc::clone(rule),
+                (Made::Further(index), [Source::Recorded(first)]) => {
+                    let others = waiting.entry(*first).or_default();
+                    others.resize(others.len().max(index + 1), None);
+                    others[*index] = Some(cotangent);
+                    continue;
+                }
+                _ => continue,
+            };
             let output = view(tape, id, &node.value, order);
             let mut inputs = Vec::with_capacity(node.inputs.len());
             let mut ids = Vec::with_capacity(node.inputs.len());
@@ -102,7 +120,7 @@ fn walk(
                         ids.push(depends[*input].then_some(*input));
                     }
                     Source::Constant(value) => {
-                        inputs.push(tape.constant(value.clone()));
+                        inputs.push(tape.unrecorded(value.clone()));
                         ids.push(None);
                     }
                 }
@@ -113,8 +131,14 @@ fn walk(
         if !needs.contains(&true) {
             continue;
         }
-        let step =
-            Step { inputs: &inputs, output: &output, cotangent: &cotangent, needs: &needs, order };
+        let step = Step {
+            inputs: &inputs,
+            output: &output,
+            cotangent: &cotangent,
+            further: &further,
+            needs: &needs,
+            order,
+        };
         let gradients = rule.vjp(&step)?;
         for (input, gradient) in ids.into_iter().zip(gradients) {
             let (Some(input), Some(gradient)) = (input, gradient) else { continue };
@@ -146,7 +170,49 @@ fn dependents(tape: &Tape, last: usize, wanted: &[usize]) -> Vec<bool> {
 }
 
 /// A recorded value as the rule may use it: recorded for higher orders, constant for the first.
-fn view(tape: &Tape, id: usize, value: &Tensor, order: Order) -> Var {
+fn view(tape: &Tape, id: usize, value: &Value, order: Order) -> Var {
     let id = (order == Order::Higher).then_some(id);
     Var { tape: tape.clone(), id, value: value.clone() }
+}
+
+/// The value itself, under a name of its own.
+struct Same;
+
+impl Rule for Same {
+    fn vjp(&self, step: &Step<'_>) -> Result<Vec<Option<Var>>> {
+        Ok(vec![Some(step.cotangent.clone())])
+    }
+}
+
+/// The rule of a fused operation for higher orders: its outputs are computed again from recorded operations by
+/// `compose`, and those are differentiated.
+pub(super) fn by_composition(
+    step: &Step<'_>,
+    compose: impl FnOnce(&[Var]) -> Result<Vec<Var>>,
+) -> Result<Vec<Option<Var>>> {
+    // Under names of their own: one input may have been computed from another.
+    let mut own = Vec::with_capacity(step.inputs.len());
+    for input in step.inputs {
+        own.push(input.tape.record(&[input], input.value.clone(), Same)?);
+    }
+    let outputs = compose(&own)?;
+    let cotangents =
+        std::iter::once(Some(step.cotangent)).chain(step.further.iter().map(Option::as_ref));
+    let mut total: Option<Var> = None;
+    for (output, cotangent) in outputs.iter().zip(cotangents) {
+        let Some(cotangent) = cotangent else { continue };
+        let product = output.mul(cotangent)?.sum_all()?;
+        total = Some(match total {
+            Some(total) => total.add(&product)?,
+            None => product,
+        });
+    }
+    let mut gradients = vec![None; own.len()];
+    let Some(total) = total else { return Ok(gradients) };
+    let asked: Vec<usize> = (0..own.len()).filter(|&at| step.needs[at]).collect();
+    let wrt: Vec<&Var> = asked.iter().map(|&at| &own[at]).collect();
+    for (at, gradient) in asked.into_iter().zip(grad(&total, &wrt, step.order)?) {
+        gradients[at] = Some(gradient);
+    }
+    Ok(gradients)
 }

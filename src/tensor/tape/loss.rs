@@ -2,6 +2,7 @@
 
 use candle_core::Tensor;
 
+use super::memory::Value;
 use super::reduce::KeepDims;
 use super::value::{Float, Slice, build, by_dtype};
 use super::{Rule, Step, Var};
@@ -18,7 +19,7 @@ impl Rule for LogSoftmax {
     }
 }
 
-fn log_softmax<T: Float>(x: &Tensor) -> Result<Tensor> {
+fn log_softmax<T: Float>(x: &Tensor) -> Result<Value> {
     let columns = x.dims().last().copied().unwrap_or(1).max(1);
     let slice = Slice::<T>::new(x)?;
     build::<T>(x.dims(), |y| {
@@ -48,7 +49,7 @@ impl Var {
             by_dtype(x.dtype(), || log_softmax::<f32>(&x), || log_softmax::<f64>(&x))?
         } else {
             let shifted = self.value.broadcast_sub(&self.value.max_keepdim(last)?)?;
-            shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(last)?.log()?)?
+            shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(last)?.log()?)?.into()
         };
         self.tape.record(&[self], value, LogSoftmax)
     }

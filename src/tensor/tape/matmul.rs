@@ -3,6 +3,7 @@
 use candle_core::Tensor;
 use rayon::prelude::*;
 
+use super::memory::Value;
 use super::value::{Float, by_dtype, from_vec};
 use super::{Rule, Step, Var};
 use crate::error::{Error, Result};
@@ -46,13 +47,13 @@ impl Var {
                 || product::<f64>(&self.value, &other.value),
             )?
         } else {
-            self.value.contiguous()?.matmul(&other.value.contiguous()?)?
+            self.value.contiguous()?.matmul(&other.value.contiguous()?)?.into()
         };
         self.tape.record(&[self, other], value, MatMul)
     }
 }
 
-fn product<T: Float>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+fn product<T: Float>(a: &Tensor, b: &Tensor) -> Result<Value> {
     let rank = a.rank();
     let batch = if rank == 3 { a.dims()[0] } else { 1 };
     let (m, k, n) = (a.dims()[rank - 2], a.dims()[rank - 1], b.dims()[rank - 1]);

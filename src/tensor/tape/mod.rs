@@ -14,6 +14,7 @@ mod custom;
 mod grad;
 mod loss;
 mod matmul;
+mod memory;
 mod norm;
 mod norm_pool;
 mod pool;
@@ -29,6 +30,8 @@ use std::rc::Rc;
 use candle_core::{DType, Device, Tensor};
 
 use crate::error::{Error, Result};
+
+use memory::Value;
 
 pub use conv::ConvOptions;
 pub use custom::{Operation, tensor_of, with_slices};
@@ -48,20 +51,29 @@ struct Step<'a> {
     inputs: &'a [Var],
     output: &'a Var,
     cotangent: &'a Var,
+    /// Cotangents of the outputs after the first; empty where the operation has one.
+    further: &'a [Option<Var>],
     needs: &'a [bool],
     order: Order,
 }
 
 enum Source {
     Recorded(usize),
-    Constant(Tensor),
+    Constant(Value),
+}
+
+/// Where a node's value comes from.
+enum Made {
+    Leaf,
+    By(Rc<dyn Rule>),
+    /// Output `1 + i` of the operation that is the node's only input; that node's value is output 0.
+    Further(usize),
 }
 
 struct Node {
-    value: Tensor,
+    value: Value,
     inputs: Vec<Source>,
-    /// `None` for a leaf.
-    rule: Option<Rc<dyn Rule>>,
+    made: Made,
 }
 
 /// A recording of operations. Cheap to clone: clones are the same tape. Memory is given back when
@@ -76,7 +88,7 @@ pub struct Tape {
 pub struct Var {
     tape: Tape,
     id: Option<usize>,
-    value: Tensor,
+    value: Value,
 }
 
 impl Tape {
@@ -87,14 +99,18 @@ impl Tape {
 
     /// A recorded variable that gradients can be taken with respect to.
     pub fn leaf(&self, value: Tensor) -> Var {
-        let value = value.detach();
-        let id = self.push(Node { value: value.clone(), inputs: Vec::new(), rule: None });
+        let value = Value::from(value.detach());
+        let id = self.push(Node { value: value.clone(), inputs: Vec::new(), made: Made::Leaf });
         Var { tape: self.clone(), id: Some(id), value }
     }
 
     /// A value that is not differentiated; what is computed from constants alone is not recorded.
     pub fn constant(&self, value: Tensor) -> Var {
-        Var { tape: self.clone(), id: None, value: value.detach() }
+        self.unrecorded(value.detach().into())
+    }
+
+    fn unrecorded(&self, value: Value) -> Var {
+        Var { tape: self.clone(), id: None, value }
     }
 
     /// Number of recorded operations and leaves.
@@ -118,7 +134,23 @@ impl Tape {
     }
 
     /// Puts the result of an operation on the tape, or makes it a constant when no input is recorded.
-    fn record(&self, inputs: &[&Var], value: Tensor, rule: impl Rule + 'static) -> Result<Var> {
+    fn record(
+        &self,
+        inputs: &[&Var],
+        value: impl Into<Value>,
+        rule: impl Rule + 'static,
+    ) -> Result<Var> {
+        let [var] = self.record_all(inputs, [value.into()], rule)?;
+        Ok(var)
+    }
+
+    /// [`Tape::record`] for an operation of `N` results.
+    fn record_all<const N: usize>(
+        &self,
+        inputs: &[&Var],
+        values: [Value; N],
+        rule: impl Rule + 'static,
+    ) -> Result<[Var; N]> {
         if let Some(stranger) = inputs.iter().find(|var| !var.tape.is(self)) {
             return Err(Error::internal(format!(
                 "operands lie on two tapes; the second has shape `{:?}`",
@@ -126,21 +158,30 @@ impl Tape {
             )));
         }
         if inputs.iter().all(|var| var.id.is_none()) {
-            return Ok(self.constant(value));
+            return Ok(values.map(|value| self.unrecorded(value)));
         }
-        let inputs = inputs
+        let inputs: Vec<Source> = inputs
             .iter()
             .map(|var| var.id.map_or_else(|| Source::Constant(var.value.clone()), Source::Recorded))
             .collect();
-        let id = self.push(Node { value: value.clone(), inputs, rule: Some(Rc::new(rule)) });
-        Ok(Var { tape: self.clone(), id: Some(id), value })
+        let first = self.len();
+        let mut operation = Some((inputs, Made::By(Rc::new(rule))));
+        let mut index = 0;
+        Ok(values.map(|value| {
+            let (inputs, made) = operation.take().unwrap_or_else(|| {
+                index += 1;
+                (vec![Source::Recorded(first)], Made::Further(index - 1))
+            });
+            let id = self.push(Node { value: value.clone(), inputs, made });
+            Var { tape: self.clone(), id: Some(id), value }
+        }))
     }
 }
 
 impl Var {
     /// The value.
     pub fn value(&self) -> &Tensor {
-        &self.value
+        self.value.lend()
     }
 
     /// The tape it belongs to.
@@ -171,7 +212,7 @@ impl Var {
     /// The same value as a constant: gradients stop here.
     #[must_use]
     pub fn detach(&self) -> Self {
-        self.tape.constant(self.value.clone())
+        self.tape.unrecorded(self.value.clone())
     }
 
     /// The only element.
@@ -185,7 +226,15 @@ impl Var {
                 self.dims()
             )));
         }
-        Ok(self.value.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?[0])
+        Ok(self.numbers()?[0])
+    }
+
+    /// All elements, row-major.
+    ///
+    /// # Errors
+    /// When the tensor library fails.
+    pub fn numbers(&self) -> Result<Vec<f64>> {
+        Ok(self.value.flatten_all()?.to_dtype(DType::F64)?.to_vec1()?)
     }
 
     /// The four dimensions of an image batch `[N, C, H, W]`.
@@ -195,8 +244,8 @@ impl Var {
         })
     }
 
-    fn constant_like(&self, value: Tensor) -> Self {
-        self.tape.constant(value)
+    fn constant_like(&self, value: impl Into<Value>) -> Self {
+        self.tape.unrecorded(value.into())
     }
 }
 

@@ -6,7 +6,9 @@
 
 use candle_core::Tensor;
 
+use super::memory::{Value, empty};
 use super::reduce::KeepDims;
+use super::unary::slopes;
 use super::value::{Float, Slice, by_dtype, from_vec};
 use super::{Order, Rule, Step, Var};
 use crate::error::{Error, Result};
@@ -70,11 +72,11 @@ fn forward<T: Float>(
     epsilon: f64,
     activation: Activation,
     dims: [usize; 4],
-) -> Result<(Tensor, Saved<T>, BatchStatistics)> {
+) -> Result<(Value, Saved<T>, BatchStatistics)> {
     let p = planes(dims);
     let x = Slice::<T>::new(x)?;
     let (saved, statistics) = statistics_of::<T>(&p, &x, factor, offset, epsilon)?;
-    let mut y = vec![T::ZERO; x.len()];
+    let mut y = empty(x.len());
     channel_affine(&p, &x, &saved.scale, &saved.shift, activation, &mut y);
     Ok((from_vec(y, &dims)?, saved, statistics))
 }
@@ -109,7 +111,7 @@ impl BatchNorm {
         let (x, g) = (step.inputs[0].value.contiguous()?, step.cotangent.value.contiguous()?);
         let (x, g) = (Slice::<T>::new(&x)?, Slice::<T>::new(&g)?);
         let norm = saved.normalisation(self.activation);
-        let mut dx = vec![T::ZERO; x.len()];
+        let mut dx = empty(x.len());
         let (mut d_factor, mut d_offset) = (vec![T::ZERO; p.channels], vec![T::ZERO; p.channels]);
         batch_norm_backward(&p, &norm, &x, &g, &mut dx, &mut d_factor, &mut d_offset);
         let constant = |values, dims: &[usize]| -> Result<Option<Var>> {
@@ -125,35 +127,25 @@ impl BatchNorm {
 
 /// The cotangents of input, factor and offset from recorded operations; `g` is the cotangent of the
 /// normalised value before any activation.
-pub(super) fn composed(step: &Step<'_>, g: &Var, epsilon: f64) -> Result<Vec<Option<Var>>> {
-    let (x, factor) = (&step.inputs[0], &step.inputs[1]);
+pub(super) fn composed(x: &Var, factor: &Var, g: &Var, epsilon: f64) -> Result<Vec<Var>> {
     let [n, channels, h, w] = x.dims4()?;
     let count = (n * h * w) as f64;
     let (normal, inverse_std) = normalised(x, epsilon)?;
     let d_offset = g.sum(&[0, 2, 3], KeepDims::Keep)?;
     let d_factor = g.mul(&normal)?.sum(&[0, 2, 3], KeepDims::Keep)?;
-    let dx = if step.needs[0] {
-        let along = normal.mul(&d_factor)?.add(&d_offset)?.scale(1.0 / count)?;
-        let scale = factor.reshape(&[1, channels, 1, 1])?.mul(&inverse_std)?;
-        Some(g.sub(&along)?.mul(&scale)?)
-    } else {
-        None
-    };
-    Ok(vec![dx, Some(d_factor.reshape(&[channels])?), Some(d_offset.reshape(&[channels])?)])
+    let along = normal.mul(&d_factor)?.add(&d_offset)?.scale(1.0 / count)?;
+    let scale = factor.reshape(&[1, channels, 1, 1])?.mul(&inverse_std)?;
+    let dx = g.sub(&along)?.mul(&scale)?;
+    Ok(vec![dx, d_factor.reshape(&[channels])?, d_offset.reshape(&[channels])?])
 }
 
-/// The cotangent where the output is positive, 0 elsewhere.
-pub(super) fn where_positive(output: &Var, cotangent: &Var) -> Result<Var> {
-    let positive = output.value.gt(&output.value.zeros_like()?)?.to_dtype(output.dtype())?;
-    cotangent.mul(&cotangent.constant_like(positive))
-}
-
-/// [`where_positive`] for [`Activation::Relu`], the cotangent itself for [`Activation::None`].
+/// The cotangent before the activation. Every activation keeps the sign, so the output tells the slope.
 fn before(activation: Activation, step: &Step<'_>) -> Result<Var> {
-    match activation {
-        Activation::None => Ok(step.cotangent.clone()),
-        Activation::Relu => where_positive(step.output, step.cotangent),
+    if activation == Activation::None {
+        return Ok(step.cotangent.clone());
     }
+    let slopes = slopes(&step.output.value, activation.below())?;
+    step.cotangent.mul(&step.cotangent.constant_like(slopes))
 }
 
 /// `(x - mean) / sqrt(var + epsilon)` per channel and the reciprocal of the root `[1, C, 1, 1]`.
@@ -166,12 +158,25 @@ fn normalised(x: &Var, epsilon: f64) -> Result<(Var, Var)> {
     Ok((centred.mul(&inverse_std)?, inverse_std))
 }
 
+/// The activation by candle's operations.
+fn activated(value: &Tensor, activation: Activation) -> Result<Tensor> {
+    Ok(match activation {
+        Activation::None => value.clone(),
+        Activation::Relu => value.relu()?,
+        Activation::LeakyRelu(slope) => value.mul(&slopes(value, slope)?)?,
+    })
+}
+
 impl Rule for BatchNorm {
     fn vjp(&self, step: &Step<'_>) -> Result<Vec<Option<Var>>> {
         match (step.order, &self.kept) {
             (Order::First, Kept::F32(saved)) => self.fused(saved, step),
             (Order::First, Kept::F64(saved)) => self.fused(saved, step),
-            _ => composed(step, &before(self.activation, step)?, self.epsilon),
+            _ => {
+                let (x, factor) = (&step.inputs[0], &step.inputs[1]);
+                let gradients = composed(x, factor, &before(self.activation, step)?, self.epsilon)?;
+                Ok(gradients.into_iter().map(Some).collect())
+            }
         }
     }
 }
@@ -240,8 +245,8 @@ impl Var {
             )?
         } else {
             let (value, statistics) = self.batch_norm_by_candle(factor, offset, epsilon)?;
-            let value = if activation == Activation::Relu { value.relu()? } else { value };
-            (value, Kept::Composed, statistics)
+            let value = activated(&value, activation)?;
+            (value.into(), Kept::Composed, statistics)
         };
         let rule = BatchNorm { activation, epsilon, kept };
         Ok((self.tape.record(&[self, factor, offset], value, rule)?, statistics))
@@ -296,7 +301,7 @@ impl Var {
             let vector = |v: &Self| v.value.reshape((1, dims[1], 1, 1));
             let value =
                 self.value.broadcast_mul(&vector(scale)?)?.broadcast_add(&vector(shift)?)?;
-            if activation == Activation::Relu { value.relu()? } else { value }
+            activated(&value, activation)?.into()
         };
         self.tape.record(&[self, scale, shift], value, ChannelAffine(activation))
     }
@@ -308,10 +313,10 @@ fn affine_on<T: Float>(
     shift: &Tensor,
     activation: Activation,
     dims: [usize; 4],
-) -> Result<Tensor> {
+) -> Result<Value> {
     let x = Slice::<T>::new(x)?;
     let (scale, shift) = (Slice::<T>::new(scale)?, Slice::<T>::new(shift)?);
-    let mut y = vec![T::ZERO; x.len()];
+    let mut y = empty(x.len());
     channel_affine(&planes(dims), &x, &scale, &shift, activation, &mut y);
     from_vec(y, &dims)
 }

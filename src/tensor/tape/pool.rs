@@ -7,6 +7,7 @@ use std::rc::Rc;
 
 use candle_core::Tensor;
 
+use super::memory::Value;
 use super::reduce::KeepDims;
 use super::value::{Float, Slice, build, by_dtype, from_vec};
 use super::{Rule, Step, Var};
@@ -32,7 +33,7 @@ pub(super) struct Shape {
 }
 
 impl Shape {
-    fn blocks(self) -> Blocks {
+    pub(super) fn blocks(self) -> Blocks {
         let [n, c, h, w] = self.large;
         Blocks { planes: n * c, large: [h, w], side: self.side }
     }
@@ -102,12 +103,12 @@ fn gather(x: &Var, shape: Shape, places: &Places) -> Result<Var> {
                 || gather_on::<f64>(&x, shape, bytes),
             )?
         }
-        Places::Device(at) => shape.windows(&x.value)?.gather(at, 4)?.squeeze(4)?,
+        Places::Device(at) => shape.windows(&x.value)?.gather(at, 4)?.squeeze(4)?.into(),
     };
     x.tape.record(&[x], value, Gather { shape, places: places.clone() })
 }
 
-fn gather_on<T: Float>(x: &Tensor, shape: Shape, places: &[u8]) -> Result<Tensor> {
+fn gather_on<T: Float>(x: &Tensor, shape: Shape, places: &[u8]) -> Result<Value> {
     let x = Slice::<T>::new(x)?;
     build::<T>(&shape.small(), |y| block_gather(&shape.blocks(), &x, places, y))
 }
@@ -126,18 +127,20 @@ pub(super) fn scatter(g: &Var, shape: Shape, places: &Places) -> Result<Var> {
             let [n, c, h, w] = shape.small();
             let k = shape.side;
             let zeros = Tensor::zeros(&[n, c, h, w, k * k], g.dtype(), g.device())?;
-            shape.unwindows(&zeros.scatter_add(at, &g.value.contiguous()?.unsqueeze(4)?, 4)?)?
+            shape
+                .unwindows(&zeros.scatter_add(at, &g.value.contiguous()?.unsqueeze(4)?, 4)?)?
+                .into()
         }
     };
     g.tape.record(&[g], value, Scatter { shape, places: places.clone() })
 }
 
-fn scatter_on<T: Float>(g: &Tensor, shape: Shape, places: &[u8]) -> Result<Tensor> {
+fn scatter_on<T: Float>(g: &Tensor, shape: Shape, places: &[u8]) -> Result<Value> {
     let g = Slice::<T>::new(g)?;
     build::<T>(&shape.large, |x| block_scatter(&shape.blocks(), &g, places, x))
 }
 
-fn maxima<T: Float>(x: &Tensor, shape: Shape) -> Result<(Tensor, Places)> {
+fn maxima<T: Float>(x: &Tensor, shape: Shape) -> Result<(Value, Places)> {
     let x = Slice::<T>::new(x)?;
     let small = shape.small();
     let n = small.iter().product();
@@ -169,12 +172,12 @@ fn total(x: &Var, shape: Shape) -> Result<Var> {
         let x = x.value.contiguous()?;
         by_dtype(x.dtype(), || total_on::<f32>(&x, shape), || total_on::<f64>(&x, shape))?
     } else {
-        shape.windows(&x.value)?.sum(4)?
+        shape.windows(&x.value)?.sum(4)?.into()
     };
     x.tape.record(&[x], value, BlockSum(shape))
 }
 
-fn total_on<T: Float>(x: &Tensor, shape: Shape) -> Result<Tensor> {
+fn total_on<T: Float>(x: &Tensor, shape: Shape) -> Result<Value> {
     let x = Slice::<T>::new(x)?;
     build::<T>(&shape.small(), |y| block_sum(&shape.blocks(), &x, y))
 }
@@ -187,12 +190,12 @@ fn repeat(y: &Var, shape: Shape) -> Result<Var> {
         let [n, c, h, w] = shape.small();
         let k = shape.side;
         let all = y.value.unsqueeze(4)?.broadcast_as(&[n, c, h, w, k * k])?.contiguous()?;
-        shape.unwindows(&all)?
+        shape.unwindows(&all)?.into()
     };
     y.tape.record(&[y], value, BlockRepeat(shape))
 }
 
-fn repeat_on<T: Float>(y: &Tensor, shape: Shape) -> Result<Tensor> {
+fn repeat_on<T: Float>(y: &Tensor, shape: Shape) -> Result<Value> {
     let y = Slice::<T>::new(y)?;
     build::<T>(&shape.large, |x| block_repeat(&shape.blocks(), &y, x))
 }
@@ -221,9 +224,14 @@ impl Var {
         } else {
             let windows = shape.windows(&self.value)?;
             let at = windows.argmax_keepdim(4)?;
-            (windows.gather(&at, 4)?.squeeze(4)?, Places::Device(at))
+            (windows.gather(&at, 4)?.squeeze(4)?.into(), Places::Device(at))
         };
         self.tape.record(&[self], value, Gather { shape, places })
+    }
+
+    /// Sum of each `side x side` block; the transpose of [`Var::upsample_nearest`].
+    pub(super) fn sum_of_blocks(&self, side: usize) -> Result<Self> {
+        total(self, self.pool_shape(side)?)
     }
 
     /// Mean of each `side x side` block of `[N, C, H, W]` (kernel = stride = `side`, at most 15);
@@ -232,7 +240,7 @@ impl Var {
     /// # Errors
     /// When the image is smaller than a block.
     pub fn avg_pool2d(&self, side: usize) -> Result<Self> {
-        total(self, self.pool_shape(side)?)?.scale(1.0 / (side * side) as f64)
+        self.sum_of_blocks(side)?.scale(1.0 / (side * side) as f64)
     }
 
     /// Mean of each plane: `[N, C, H, W]` to `[N, C]`.
@@ -304,7 +312,7 @@ mod tests {
         let expected: Vec<u32> = bytes.iter().map(|&b| u32::from(b)).collect();
         assert_eq!(at.flatten_all().unwrap().to_vec1::<u32>().unwrap(), expected);
         let tape = Tape::new();
-        let (x, y) = (tape.leaf(x), tape.constant(y));
+        let (x, y) = (tape.leaf(x), tape.unrecorded(y));
         let on_device = Places::Device(at);
         let same = |a: &Var, b: &Var| {
             assert_eq!(

@@ -1,7 +1,6 @@
 //! Sums, means and their transpose, broadcasting.
 
-use candle_core::Tensor;
-
+use super::memory::Value;
 use super::value::{Float, Slice, build, by_dtype};
 use super::{Rule, Step, Var};
 use crate::error::{Error, Result};
@@ -35,7 +34,7 @@ impl Rule for Broadcast {
 }
 
 /// Sums a contiguous tensor over `axes` (ascending), one run of adjacent axes at a time.
-fn sum_axes<T: Float>(x: &Tensor, axes: &[usize]) -> Result<Tensor> {
+fn sum_axes<T: Float>(x: &Value, axes: &[usize]) -> Result<Value> {
     let mut dims = x.dims().to_vec();
     let mut value = x.clone();
     let mut end = axes.len();
@@ -74,10 +73,10 @@ impl Var {
             )));
         }
         let value = if self.device().is_cpu() {
-            let x = self.value.contiguous()?;
+            let x = self.value.view(self.value.contiguous()?);
             by_dtype(x.dtype(), || sum_axes::<f32>(&x, &sorted), || sum_axes::<f64>(&x, &sorted))?
         } else {
-            self.value.sum_keepdim(sorted.as_slice())?
+            self.value.sum_keepdim(sorted.as_slice())?.into()
         };
         let sum = self.tape.record(&[self], value, Sum)?;
         if keep == KeepDims::Keep {
@@ -125,7 +124,7 @@ impl Var {
         if self.dims() == dims {
             return Ok(self.clone());
         }
-        let value = self.value.broadcast_as(dims)?;
+        let value = self.value.view(self.value.broadcast_as(dims)?);
         self.tape.record(&[self], value, Broadcast)
     }
 

@@ -101,7 +101,7 @@ impl Var {
         if self.dims() == dims {
             return Ok(self.clone());
         }
-        let value = self.value.reshape(dims)?;
+        let value = self.value.view(self.value.reshape(dims)?);
         self.tape.record(&[self], value, Reshape)
     }
 
@@ -119,7 +119,7 @@ impl Var {
     /// # Errors
     /// When an axis is out of range.
     pub fn transpose(&self, first: usize, second: usize) -> Result<Self> {
-        let value = self.value.transpose(first, second)?;
+        let value = self.value.view(self.value.transpose(first, second)?);
         self.tape.record(&[self], value, Transpose(first, second))
     }
 
@@ -131,8 +131,10 @@ impl Var {
         let Some(first) = parts.first() else {
             return Err(Error::internal("nothing to concatenate"));
         };
-        let values: Vec<Tensor> = parts.iter().map(|part| part.value.clone()).collect();
-        first.tape.record(parts, Tensor::cat(&values, axis)?, Concat { axis })
+        let values: Vec<&Tensor> = parts.iter().map(|part| &*part.value).collect();
+        // One part is not copied.
+        let value = first.value.view(Tensor::cat(&values, axis)?);
+        first.tape.record(parts, value, Concat { axis })
     }
 
     /// Elements `start..start + len` along `axis`.
@@ -140,7 +142,7 @@ impl Var {
     /// # Errors
     /// When out of range.
     pub fn narrow(&self, axis: usize, start: usize, len: usize) -> Result<Self> {
-        let value = self.value.narrow(axis, start, len)?;
+        let value = self.value.view(self.value.narrow(axis, start, len)?);
         self.tape.record(&[self], value, Narrow { axis, start })
     }
 
@@ -149,7 +151,7 @@ impl Var {
     /// # Errors
     /// When the axis is out of range.
     pub fn pad(&self, axis: usize, before: usize, after: usize) -> Result<Self> {
-        let value = self.value.pad_with_zeros(axis, before, after)?;
+        let value = self.value.view(self.value.pad_with_zeros(axis, before, after)?);
         self.tape.record(&[self], value, Pad { axis, before })
     }
 

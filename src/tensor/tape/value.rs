@@ -1,18 +1,32 @@
 //! Reading candle tensors as slices and making them from vectors: the door to the CPU kernels.
 
+use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::ops::Deref;
 
 use candle_core::{DType, Storage, StorageRef, Tensor, WithDType};
 
+use super::memory::{Free, Value, empty};
 use crate::error::{Error, Result};
 use crate::tensor::kernels::Element;
 
 /// Element types the tape computes in.
-pub trait Float: Element + WithDType {}
+pub trait Float: Element + WithDType {
+    /// The free buffers of this type.
+    fn lists(free: &mut Free) -> &mut BTreeMap<usize, Vec<Vec<Self>>>;
+}
 
-impl Float for f32 {}
-impl Float for f64 {}
+impl Float for f32 {
+    fn lists(free: &mut Free) -> &mut BTreeMap<usize, Vec<Vec<Self>>> {
+        &mut free.single
+    }
+}
+
+impl Float for f64 {
+    fn lists(free: &mut Free) -> &mut BTreeMap<usize, Vec<Vec<Self>>> {
+        &mut free.double
+    }
+}
 
 /// The elements of a contiguous CPU tensor, held for reading.
 pub(super) struct Slice<'a, T> {
@@ -64,16 +78,16 @@ pub(super) fn by_dtype<R>(
     }
 }
 
-/// A CPU tensor of the shape of `dims` filled by a kernel.
-pub(super) fn build<T: Float>(dims: &[usize], fill: impl FnOnce(&mut [T])) -> Result<Tensor> {
-    let mut data = vec![T::ZERO; dims.iter().product()];
+/// A CPU tensor of the shape of `dims` filled by a kernel, which must write every element.
+pub(super) fn build<T: Float>(dims: &[usize], fill: impl FnOnce(&mut [T])) -> Result<Value> {
+    let mut data = empty(dims.iter().product());
     fill(&mut data);
     from_vec(data, dims)
 }
 
 /// A CPU tensor from its values.
-pub(super) fn from_vec<T: Float>(data: Vec<T>, dims: &[usize]) -> Result<Tensor> {
-    Ok(Tensor::from_vec(data, dims, &candle_core::Device::Cpu)?)
+pub(super) fn from_vec<T: Float>(data: Vec<T>, dims: &[usize]) -> Result<Value> {
+    Ok(Value::own(Tensor::from_vec(data, dims, &candle_core::Device::Cpu)?))
 }
 
 /// A tensor from `f64` values, converted to `dtype` and moved to the device of `like`.
