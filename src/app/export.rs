@@ -16,7 +16,8 @@ use crate::access::library::RuntimeOptions;
 use crate::access::runtime::Runtime;
 use crate::access::session::Tensor;
 use crate::error::{Error, Result, ResultExt};
-use crate::meta::{Backbone, BnMode, classify, export};
+use crate::graph::Graph;
+use crate::meta::{BnMode, Learner, MetaModel, export};
 use crate::onnx;
 use crate::tensor::{Images, RngStream};
 
@@ -53,13 +54,8 @@ pub fn export_run(
     runtime: &RuntimeOptions,
 ) -> Result<ExportResult> {
     let config = run.config()?;
-    let network = Backbone::load(&run.latest_checkpoint()?)?;
-    let [height, width] = config.image_size;
-    let embedding = network.to_graph(height, width)?;
-    let graph = match form {
-        ExportForm::Embedding => embedding,
-        ExportForm::Episode => export::episode_graph(&embedding)?,
-    };
+    let model = MetaModel::load(&run.latest_checkpoint()?)?;
+    let graph = graph_of(&model, form, config.image_size)?;
     let metadata = BTreeMap::from([
         ("metazoa.form".to_owned(), form.name().to_owned()),
         ("metazoa.image_range".to_owned(), "[0, 1], RGB".to_owned()),
@@ -68,7 +64,7 @@ pub fn export_run(
     let temporary = temporary_beside(out);
     let written = (|| {
         onnx::write(&temporary, &graph, &onnx::ExportInfo::new(metadata))?;
-        let difference = compare(&network, config.image_size, form, &temporary, runtime)?;
+        let difference = compare(&model, config.image_size, form, &temporary, runtime)?;
         let bytes = std::fs::metadata(&temporary).map_err(|e| Error::io(&temporary, &e))?.len();
         std::fs::rename(&temporary, out).map_err(|error| Error::io(out, &error))?;
         Ok::<_, Error>(ExportResult {
@@ -86,9 +82,41 @@ pub fn export_run(
     written.context(|| format!("cannot export `{}`", out.display()))
 }
 
-/// Largest absolute difference between the file in ONNX Runtime and the network in memory.
+/// Why the run's model has no such form, if it has none.
+///
+/// # Errors
+/// When the run has no checkpoint.
+pub fn missing_form(run: &RunFolder, form: ExportForm) -> Result<Option<&'static str>> {
+    let model = MetaModel::load(&run.latest_checkpoint()?)?;
+    Ok(match (form, model.learner()) {
+        (ExportForm::Episode, Learner::Maml(_)) => Some(
+            "MAML's gradient steps on all weights have no form in ONNX; ANIL's and ProtoNet's rules have",
+        ),
+        _ => None,
+    })
+}
+
+/// The model in `form`, for images of `[height, width]`.
+fn graph_of(model: &MetaModel, form: ExportForm, [height, width]: [usize; 2]) -> Result<Graph> {
+    let embedding = model.backbone().to_graph(height, width)?;
+    match (form, model.learner()) {
+        (ExportForm::Embedding, _) => Ok(embedding),
+        (ExportForm::Episode, Learner::ProtoNet) => export::episode_graph(&embedding),
+        (ExportForm::Episode, Learner::Anil(inner)) => {
+            export::adapting_graph(&embedding, model.head(inner)?)
+        }
+        (ExportForm::Episode, Learner::Maml(_)) => {
+            Err(Error::unsupported("MAML's gradient steps on all weights have no form in ONNX")
+                .hint(
+                    "export `--form embedding`, or train with `meta.learner: anil` or `protonet`",
+                ))
+        }
+    }
+}
+
+/// Largest absolute difference between the file in ONNX Runtime and the model in memory.
 fn compare(
-    network: &Backbone,
+    model: &MetaModel,
     [height, width]: [usize; 2],
     form: ExportForm,
     file: &Path,
@@ -100,24 +128,24 @@ fn compare(
     let shape = [n_support + queries, 3, height, width];
     let pixels = (0..shape.iter().product()).map(|_| rng.uniform()).collect();
     let images = Images::new(pixels, shape)?;
-    let vectors = network.embed(&images, BnMode::Running)?;
-    let dim = network.embedding_dim(height, width)?;
     let mut session = Runtime::load(runtime)?.open(file)?;
     let batch = |images: Images| Tensor::f32(images.shape(), images.into_data());
     let (own, theirs) = match form {
         ExportForm::Embedding => {
+            let vectors = model.backbone().embed(&images, BnMode::Running)?;
             let theirs = session.run(vec![("images", batch(images))], &["embedding"])?;
             (vectors, theirs)
         }
         ExportForm::Episode => {
             let labels: Vec<usize> = (0..n_support).map(|image| image % way).collect();
-            let (support, query) = vectors.split_at(n_support * dim);
-            let own = classify(support, &labels, query, dim, way)?.logits;
+            let support = images.range(0, n_support);
+            let query = images.range(n_support, n_support + queries);
+            let own = model.classify(&support, &labels, &query, way, BnMode::Running)?.logits;
             let labels = labels.into_iter().map(|label| label as i64).collect();
             let inputs = vec![
-                ("support_images", batch(images.range(0, n_support))),
+                ("support_images", batch(support)),
                 ("support_labels", Tensor::i64([n_support], labels)),
-                ("query_images", batch(images.range(n_support, n_support + queries))),
+                ("query_images", batch(query)),
             ];
             (own, session.run(inputs, &["logits"])?)
         }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::EvalConfig;
 use super::eval::{Baselines, EvalOptions, EvalResult, evaluate_target};
-use super::export::{ExportResult, export_run};
+use super::export::{ExportResult, export_run, missing_form};
 use super::report::{ReportResult, write_report};
 use super::train::{TrainOptions, TrainResult, train};
 use super::{BatchNorm, Context, RunConfig, RunFolder};
@@ -72,6 +72,10 @@ pub fn run(context: &Context, options: &TrainOptions) -> Result<RunResult> {
     }
     let mut exports = Vec::new();
     for &form in &config.export {
+        if let Some(why) = missing_form(&run, form)? {
+            context.progress.note(&format!("{}.onnx left out: {why}", form.name()));
+            continue;
+        }
         let file = run.path().join(format!("{}.onnx", form.name()));
         exports.push(export_run(&run, form, &file, &options.runtime)?);
     }

@@ -2,8 +2,9 @@
 //!
 //! `episode_graph` is the whole few-shot learner in one file: it takes the labelled support images
 //! and the query images and answers with logits, so that any ONNX runtime learns new classes without
-//! a program around it. `classifier_graph` fixes the prototypes and is an ordinary classifier. Both
-//! hold ProtoNet's rule: class means of embeddings, negative squared Euclidean distance.
+//! a program around it; `adapting_graph` is the same for a head that adapts (ANIL), its steps unrolled.
+//! `classifier_graph` fixes the prototypes and is an ordinary classifier. The first and the last hold
+//! ProtoNet's rule: class means of embeddings, negative squared Euclidean distance.
 
 use std::sync::Arc;
 
@@ -25,6 +26,109 @@ const OLDEST_OPSET: i64 = 11;
 /// When `embedding` is no float32 network of one input with a free batch size, or its operator set
 /// is older than 11.
 pub fn episode_graph(embedding: &Graph) -> Result<Graph> {
+    let (mut graph, Support { support, query, one_hot, .. }) = labelled(embedding)?;
+    let counts = graph.reduce_sum(&one_hot, 0, "shots");
+    let by_class =
+        graph.node("Transpose", &[&one_hot], "by_class", [("perm", Attribute::Ints(vec![1, 0]))]);
+    let sums = graph.node("MatMul", &[&by_class, &support], "sums", []);
+    let at_least = graph.constant("at_least_one", ConstantTensor::f32(vec![], vec![1.0]));
+    let divisor = graph.node("Max", &[&counts, &at_least], "divisor", []);
+    let column = graph.ints("column", &[-1, 1]);
+    let divisor = graph.node("Reshape", &[&divisor, &column], "divisor_column", []);
+    let prototypes = graph.node("Div", &[&sums, &divisor], "prototypes", []);
+
+    let similarity = graph.similarity(&query, &prototypes, "similarity");
+    let none = graph.constant("none", ConstantTensor::f32(vec![], vec![0.0]));
+    let present = graph.node("Greater", &[&counts, &none], "present", []);
+    let never = graph.constant("never", ConstantTensor::f32(vec![], vec![f32::NEG_INFINITY]));
+    graph.node("Where", &[&present, &similarity, &never], "logits", []);
+    Ok(graph.finish("logits", query_logits()))
+}
+
+/// A linear head before its first step.
+#[derive(Debug)]
+pub struct Head {
+    /// The row `[1, d]` of every class.
+    pub row: ConstantTensor,
+    /// Its offset `[1]`.
+    pub offset: ConstantTensor,
+    /// Gradient steps on the support set.
+    pub steps: usize,
+    /// Their learning rate.
+    pub learning_rate: f64,
+}
+
+/// As [`episode_graph`], for a linear head that takes gradient steps on the mean cross-entropy of the
+/// support set (ANIL): the steps are unrolled. Ports are the same; no class is left out.
+///
+/// # Errors
+/// As [`episode_graph`], and when the head does not fit the embedding's declared size.
+pub fn adapting_graph(embedding: &Graph, head: Head) -> Result<Graph> {
+    let &[1, size] = head.row.shape.as_slice() else {
+        return Err(Error::internal(format!("a head of shape `{:?}`", head.row.shape)));
+    };
+    let (mut graph, Support { support, query, one_hot, way, size: declared }) =
+        labelled(embedding)?;
+    if declared.is_some_and(|declared| declared != size) {
+        return Err(Error::internal(format!("a head of {size} for embeddings of `{declared:?}`")));
+    }
+    let axis = |axis| [("axis", Attribute::Int(axis))];
+    let swap = || [("perm", Attribute::Ints(vec![1, 0]))];
+    let minus_one = graph.ints("minus_one", &[-1]);
+    let ways = graph.node("Reshape", &[&way, &minus_one], "ways", []);
+    let length = graph.ints("dimension", &[size as i64]);
+    let shape = graph.node("Concat", &[&ways, &length], "head_shape", axis(0));
+    let row = graph.constant("head.weight", head.row);
+    let offset = graph.constant("head.bias", head.offset);
+    let mut weight = graph.node("Expand", &[&row, &shape], "weight.0", []);
+    let mut bias = graph.node("Expand", &[&offset, &ways], "bias.0", []);
+    // The cotangent of the logits, times the learning rate: (softmax - one-hot) rate / n.
+    let to = ("to", Attribute::Int(1));
+    let count = graph.node("Cast", &["n_support"], "support_count", [to]);
+    let rate = ConstantTensor::f32(vec![], vec![head.learning_rate as f32]);
+    let rate = graph.constant("learning_rate", rate);
+    let rate = graph.node("Div", &[&rate, &count], "rate", []);
+    let logits = |graph: &mut Composer, x: &str, weight: &str, bias: &str, output: &str| {
+        let columns = graph.node("Transpose", &[weight], &format!("{output}.columns"), swap());
+        let product = graph.node("MatMul", &[x, &columns], &format!("{output}.product"), []);
+        graph.node("Add", &[&product, bias], output, [])
+    };
+    for step in 1..=head.steps {
+        let name = |what: &str| format!("{what}.{step}");
+        let own = logits(&mut graph, &support, &weight, &bias, &name("logits"));
+        let share = graph.node("Softmax", &[&own], &name("softmax"), axis(-1));
+        let error = graph.node("Sub", &[&share, &one_hot], &name("error"), []);
+        let error = graph.node("Mul", &[&error, &rate], &name("step"), []);
+        let rows = graph.node("Transpose", &[&error], &name("step.rows"), swap());
+        let change = graph.node("MatMul", &[&rows, &support], &name("weight.step"), []);
+        weight = graph.node("Sub", &[&weight, &change], &name("weight"), []);
+        let change = graph.reduce_sum(&error, 0, &name("bias.step"));
+        bias = graph.node("Sub", &[&bias, &change], &name("bias"), []);
+    }
+    logits(&mut graph, &query, &weight, &bias, "logits");
+    Ok(graph.finish("logits", query_logits()))
+}
+
+fn query_logits() -> Vec<Dimension> {
+    ["n_query", "way"].map(|name| Dimension::Symbol(name.into())).to_vec()
+}
+
+/// What an episode's inputs become: names of values.
+struct Support {
+    /// Embeddings of the support images `[n_support, d]`.
+    support: String,
+    /// Embeddings of the queries `[n_query, d]`.
+    query: String,
+    /// Labels, one hot: `[n_support, way]`.
+    one_hot: String,
+    /// The largest label plus 1, a scalar or `[1]`.
+    way: String,
+    /// Length of an embedding, if declared.
+    size: Option<usize>,
+}
+
+/// A graph that embeds support and query images together and reads the labels.
+fn labelled(embedding: &Graph) -> Result<(Composer, Support)> {
     let parts = Embedding::of(embedding)?;
     let images = |batch: &str| -> Option<Vec<Dimension>> {
         let sizes = parts.image.clone()?;
@@ -51,22 +155,8 @@ pub fn episode_graph(embedding: &Graph) -> Result<Graph> {
     let way = graph.node("Add", &[&largest, &one], "way", []);
     let off_on = graph.constant("off_on", ConstantTensor::f32(vec![2], vec![0.0, 1.0]));
     let one_hot = graph.node("OneHot", &["support_labels", &way, &off_on], "one_hot", [axis(-1)]);
-    let counts = graph.reduce_sum(&one_hot, 0, "shots");
-    let by_class =
-        graph.node("Transpose", &[&one_hot], "by_class", [("perm", Attribute::Ints(vec![1, 0]))]);
-    let sums = graph.node("MatMul", &[&by_class, &support], "sums", []);
-    let at_least = graph.constant("at_least_one", ConstantTensor::f32(vec![], vec![1.0]));
-    let divisor = graph.node("Max", &[&counts, &at_least], "divisor", []);
-    let column = graph.ints("column", &[-1, 1]);
-    let divisor = graph.node("Reshape", &[&divisor, &column], "divisor_column", []);
-    let prototypes = graph.node("Div", &[&sums, &divisor], "prototypes", []);
-
-    let similarity = graph.similarity(&query, &prototypes, "similarity");
-    let none = graph.constant("none", ConstantTensor::f32(vec![], vec![0.0]));
-    let present = graph.node("Greater", &[&counts, &none], "present", []);
-    let never = graph.constant("never", ConstantTensor::f32(vec![], vec![f32::NEG_INFINITY]));
-    graph.node("Where", &[&present, &similarity, &never], "logits", []);
-    Ok(graph.finish("logits", vec![symbol("n_query"), symbol("way")]))
+    let size = parts.size;
+    Ok((graph, Support { support, query, one_hot, way, size }))
 }
 
 /// A classifier with fixed `prototypes` `[way, d]`: input `images` `[batch, c, h, w]`, output

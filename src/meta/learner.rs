@@ -11,10 +11,12 @@
 use candle_core::{Device, Tensor};
 
 use super::backbone::{Backbone, BnMode, Parameter};
+use super::export::Head;
 use super::protonet::{
     Classification, classify, first_largest, logit_factor, prototype_logits, prototypes,
 };
 use crate::error::{Error, Result, ResultExt};
+use crate::graph::ConstantTensor;
 use crate::tensor::tape::{BatchStatistics, Order, Tape, Var, grad};
 use crate::tensor::{Images, RngStream, TensorStore};
 
@@ -153,6 +155,26 @@ impl MetaModel {
     /// The rule.
     pub fn learner(&self) -> Learner {
         self.learner
+    }
+
+    /// The head before its first step, with the steps of a new task.
+    ///
+    /// # Errors
+    /// When the rule has no head.
+    pub fn head(&self, inner: InnerLoop) -> Result<Head> {
+        let [row, offset] = self.head.as_slice() else {
+            return Err(Error::internal("this learner has no head"));
+        };
+        let constant = |parameter: &Parameter| -> Result<ConstantTensor> {
+            let values = parameter.value.flatten_all()?.to_vec1::<f32>()?;
+            Ok(ConstantTensor::f32(parameter.value.dims(), values))
+        };
+        Ok(Head {
+            row: constant(row)?,
+            offset: constant(offset)?,
+            steps: inner.test_steps,
+            learning_rate: inner.learning_rate,
+        })
     }
 
     /// All that is trained: the backbone's parameters, then the head's.

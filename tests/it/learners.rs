@@ -4,11 +4,14 @@ use std::ops::ControlFlow;
 
 use candle_core::{DType, Device, Tensor};
 use metazoa::Result;
+use metazoa::access::session::Tensor as Values;
+use metazoa::meta::export::adapting_graph;
 use metazoa::meta::learner::Task;
 use metazoa::meta::{
     Architecture, Augmentation, Backbone, BnMode, ClassSource, InnerLoop, InnerOrder, Learner,
     Limits, MetaModel, Schedule, ShiftEdge, TrainConfig, Trainer,
 };
+use metazoa::onnx::{ExportInfo, write};
 use metazoa::tensor::tape::{Order, Tape, Var, grad};
 use metazoa::tensor::{Images, RngStream};
 
@@ -235,5 +238,38 @@ fn a_resumed_run_and_any_number_of_threads_give_the_same_bytes() {
         let mut alone = Trainer::new(config(3, 4), small(learner));
         one.install(|| run(&mut alone, None));
         assert_eq!(bytes(&alone), bytes(&whole), "{}", learner.name());
+    }
+}
+
+#[test]
+fn an_adapting_head_leaves_as_one_graph_for_any_number_of_ways() {
+    let mut trainer = Trainer::new(config(2, 5), small(Learner::Anil(INNER)));
+    trainer.run(&Stripes, Limits::default(), &mut |_, _| ControlFlow::Continue(())).unwrap();
+    let model = trainer.model();
+    let embedding = model.backbone().to_graph(16, 16).unwrap();
+    let graph = adapting_graph(&embedding, model.head(INNER).unwrap()).unwrap();
+    let folder = crate::support::temp_dir();
+    let path = folder.path().join("episode.onnx");
+    write(&path, &graph, &ExportInfo::new(std::collections::BTreeMap::new())).unwrap();
+    let mut session = crate::support::runtime().open(&path).unwrap();
+    for way in [3, 6] {
+        let (mut support, mut query) = (images(0, 0..2), images(0, 2..5));
+        for class in 1..way {
+            support.extend(&images(class, 0..2)).unwrap();
+            query.extend(&images(class, 2..5)).unwrap();
+        }
+        let labels: Vec<usize> = (0..2 * way).map(|at| at / 2).collect();
+        let own = model.classify(&support, &labels, &query, way, BnMode::Running).unwrap().logits;
+        let batch = |images: &Images| Values::f32(images.shape(), images.data().to_vec());
+        let inputs = vec![
+            ("support_images", batch(&support)),
+            ("support_labels", Values::i64([2 * way], labels.iter().map(|&l| l as i64).collect())),
+            ("query_images", batch(&query)),
+        ];
+        let output = session.run(inputs, &["logits"]).unwrap().remove(0);
+        assert_eq!(output.shape, [3 * way, way]);
+        for (a, b) in output.values.to_f32().iter().zip(&own) {
+            assert!((a - b).abs() < 1e-4 * b.abs().max(1.0), "{a} {b}");
+        }
     }
 }

@@ -138,6 +138,50 @@ fn the_main_job_evaluates_exports_and_reports() {
 }
 
 #[test]
+fn every_learner_trains_evaluates_and_exports_what_it_can() {
+    let dir = temp_dir();
+    small_zoo(dir.path(), &CONV4);
+    let data = repository().join("zoo/images/glyphs");
+    let eval = [
+        "--data",
+        data.to_str().unwrap(),
+        "--split",
+        "meta_test",
+        "--way",
+        "4",
+        "--episodes",
+        "10",
+    ];
+    for (learner, backbone, episode) in
+        [("maml", "conv4", false), ("anil", "conv4", true), ("protonet", "resnet10", true)]
+    {
+        let (learner_is, backbone_is) =
+            (format!("meta.learner={learner}"), format!("meta.backbone={backbone}"));
+        let steps = ["-s", "meta.steps=2", "-s", "meta.episodes_per_step=2"];
+        let choice = ["-s", &learner_is, "-s", &backbone_is, "-s", "meta.inner.train_steps=2"];
+        let ran = train(dir.path(), learner, &[steps.as_slice(), &choice].concat());
+        assert_eq!(ran.code, 0, "{learner}: {}", ran.stderr);
+        for bn in ["inductive", "transductive"] {
+            let ran =
+                run_in(dir.path(), &[&["eval", learner, "--json", "--bn", bn], &eval[..]].concat());
+            assert_eq!(ran.code, 0, "{learner}: {}", ran.stderr);
+            let result: Value = serde_json::from_str(&ran.stdout).unwrap();
+            assert_eq!(result["bn"], bn);
+            assert!(result["accuracy"].as_f64().unwrap() > 0.0, "{learner} {bn}");
+        }
+        for (form, expressible) in [("embedding", true), ("episode", episode)] {
+            let file = format!("{learner}-{form}.onnx");
+            let ran = run_in(dir.path(), &["export", learner, "--form", form, "--out", &file]);
+            assert_eq!(ran.code == 0, expressible, "{learner} {form}: {}", ran.stderr);
+            assert_eq!(dir.path().join(&file).is_file(), expressible, "{file}");
+            if !expressible {
+                assert!(ran.stderr.contains("anil"), "{}", ran.stderr);
+            }
+        }
+    }
+}
+
+#[test]
 fn a_bad_zoo_or_data_folder_is_one_clear_error_and_leaves_nothing() {
     let dir = temp_dir();
     std::fs::create_dir(dir.path().join("zoo")).unwrap();
