@@ -10,10 +10,10 @@ use metazoa::tensor::RngStream;
 use metazoa::tensor::kernels::conv::{
     Conv2dGeometry, conv2d, conv2d_input_gradient, conv2d_weight_gradient,
 };
+use metazoa::tensor::kernels::norm_pool::{Block, Channel, FirstCotangents, Maps};
 use metazoa::tensor::kernels::product::{
     Level, MatrixRef, Output, Sizes, Start, Threads, product_at,
 };
-use metazoa::tensor::kernels::norm_pool::{Block, Channel, FirstCotangents, Maps};
 
 /// Layers of the bundled models, batch 32.
 const LAYERS: [(&str, Conv2dGeometry); 4] = [

@@ -9,6 +9,8 @@ use super::elementwise::{Function, apply};
 use super::{Rule, broadcast_shape};
 use crate::error::{Error, Result};
 use crate::graph::ir::Node;
+#[cfg(any(feature = "cuda", test))]
+use crate::graph::plan::singles;
 use crate::graph::plan::{Lower, Mode, Needs, Step, StepState, Target, Value};
 #[cfg(any(feature = "cuda", test))]
 use crate::tensor::cuda;
@@ -102,10 +104,11 @@ impl<T: Element> Step<T> for MatMul<T> {
 
     #[cfg(any(feature = "cuda", test))]
     fn on_device(&self, site: &cuda::Site<'_>) -> Result<Option<Box<dyn cuda::Operation>>> {
-        let _ = site;
         let transposed = self.layouts.map(|layout| layout == Layout::Transposed);
         let batches = [self.batch_a.clone(), self.batch_b.clone()];
-        Ok(Some(Box::new(cuda::MatMul { sizes: [self.m, self.n, self.k], transposed, batches })))
+        let bias = self.bias.as_ref().map(|bias| cuda::Memory::of(site.device, &singles(bias)));
+        let (sizes, bias) = ([self.m, self.n, self.k], bias.transpose()?);
+        Ok(Some(Box::new(cuda::MatMul { sizes, transposed, batches, bias })))
     }
 
     fn needs(&self) -> Needs {

@@ -49,14 +49,32 @@ impl Operand {
     }
 
     fn arguments(&self, view: View) -> [Argument; 5] {
-        let (kind, inner, count) = match self.spread {
-            Spread::Same => (0, 1, 1),
-            Spread::Channel { inner, count } => (1, inner, count),
-            Spread::Map(_) => (2, 1, 1),
-        };
-        let map = self.map.as_ref().map_or(View::NOTHING, Memory::view);
-        [view.into(), Argument::Integer(kind), inner.into(), count.into(), map.into()]
+        spread_arguments(view, &self.spread, self.map.as_ref().map_or(View::NOTHING, Memory::view))
     }
+}
+
+fn spread_arguments(view: View, spread: &Spread, map: View) -> [Argument; 5] {
+    let (kind, inner, count) = match *spread {
+        Spread::Same => (0, 1, 1),
+        Spread::Channel { inner, count } => (1, inner, count),
+        Spread::Map(_) => (2, 1, 1),
+    };
+    [view.into(), Argument::Integer(kind), inner.into(), count.into(), map.into()]
+}
+
+/// The number that `kernels/elementwise.cu` gives addition.
+const ADD: i32 = 0;
+
+/// `y += b`, `b` by position or by channel: each element is read and written by one thread.
+///
+/// # Errors
+/// When the device refuses the launch.
+pub(super) fn add_in_place(run: &Run<'_>, y: View, b: View, spread: &Spread) -> Result<()> {
+    let mut arguments = vec![ADD.into()];
+    arguments.extend(spread_arguments(y, &Spread::Same, View::NOTHING));
+    arguments.extend(spread_arguments(b, spread, View::NOTHING));
+    arguments.extend::<[Argument; 2]>([y.into(), y.len().into()]);
+    each(run.device, "binary_forward", y.len(), &arguments)
 }
 
 /// `y = f(a, b)`; `function` is the number that `kernels/elementwise.cu` gives it.

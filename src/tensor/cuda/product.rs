@@ -1,6 +1,7 @@
 //! Matrix products: row-major ones as the plan has them, in the column-major terms of BLAS.
 
-use super::{Device, Operation, Run, Target, View, each};
+use super::binary::{self, Spread};
+use super::{Device, Memory, Operation, Run, Target, View, each};
 use crate::error::Result;
 
 /// One factor of a batch of products.
@@ -95,7 +96,7 @@ impl Product {
     }
 }
 
-/// A step of products `y[i] = a[batch_a[i]] b[batch_b[i]]`.
+/// A step of products `y[i] = a[batch_a[i]] b[batch_b[i]]`, with a row added to each row where there is one.
 #[derive(Debug)]
 pub struct MatMul {
     /// Rows, columns, and the length of the sums.
@@ -104,6 +105,8 @@ pub struct MatMul {
     pub transposed: [bool; 2],
     /// Which matrix of each factor a product reads.
     pub batches: [Vec<usize>; 2],
+    /// One value a column.
+    pub bias: Option<Memory>,
 }
 
 /// Products that one call covers: from `start` on `count`, factors moving by these numbers of matrices.
@@ -138,16 +141,22 @@ impl MatMul {
     }
 }
 
+impl MatMul {
+    /// Adds the bias in place.
+    fn add_bias(&self, run: &Run<'_>, output: View) -> Result<()> {
+        let Some(bias) = &self.bias else { return Ok(()) };
+        let spread = Spread::Channel { inner: 1, count: self.sizes[1] };
+        binary::add_in_place(run, output, bias.view(), &spread)
+    }
+}
+
 impl Operation for MatMul {
     fn forward(&self, run: &Run<'_>, inputs: &[View], output: View) -> Result<()> {
         let [m, n, k] = self.sizes;
         if k == 0 {
-            return each(
-                run.device,
-                "fill",
-                output.len(),
-                &[output.into(), 0.0.into(), output.len().into()],
-            );
+            let arguments = [output.into(), 0.0.into(), output.len().into()];
+            each(run.device, "fill", output.len(), &arguments)?;
+            return self.add_bias(run, output);
         }
         for Stretch { start, count, steps } in self.stretches(None) {
             let factor = |which: usize, size: usize| {
@@ -162,7 +171,7 @@ impl Operation for MatMul {
                 Product { sizes: self.sizes, a, b, c, c_stride: m * n, batch: count, add: false };
             product.run(run.device)?;
         }
-        Ok(())
+        self.add_bias(run, output)
     }
 
     fn backward(
