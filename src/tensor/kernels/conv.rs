@@ -1,7 +1,8 @@
 //! 2-D convolution: forward, gradient to the input, gradient to the weights. NCHW, groups, any
 //! stride, dilation and (asymmetric) padding.
 //!
-//! Kernels 3x3 of stride 1 over many channels go to `winograd`, other kernels of stride 1 to `direct`, depthwise layers to `depthwise`; the rest is lowered to matrix products over
+//! Kernels 3x3 of stride 1 over many channels go to `winograd`, other kernels of stride 1 to `direct`, depthwise layers to `depthwise`,
+//! 1x1 of stride 1 to `pointwise`; the rest is lowered to matrix products over
 //! tiles of output rows whose patch matrix stays in the second-level cache. Images are split over rayon's threads; no sum is split
 //! by thread count, so results do not depend on it.
 
