@@ -96,6 +96,9 @@ impl Server {
         let mut child = Command::new(executable)
             .args(["--jobs", "1", VERB])
             .env("ORT_DISABLE_TELEMETRY", "1")
+            // A fork touches all its memory for the first time: in pages of 2 MiB, where the system has them, that took
+            // a third less time for a ResNet-18 (docs/black-box.md). Other C libraries ignore it.
+            .env("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
