@@ -221,17 +221,24 @@ fn run(level: Level, layout: &Layout<'_>, x: &[f32], dy: &[f32], dw: &mut [f32])
             });
         });
         let (patch, taps) = (g.patch(), g.kernel[0] * g.kernel[1]);
-        dw.par_chunks_mut(patch).enumerate().for_each(|(channel, dw)| {
-            for (at, dw) in dw.iter_mut().enumerate() {
-                let (c, tap) = (at / taps, at % taps);
-                let total = |from: usize| -> f32 {
-                    sums.iter().skip(channel * layout.sums() + from).step_by(all).sum()
-                };
-                *dw = match layout.of.get(tap) {
-                    Some(of) => of.iter().map(|product| total(product * layout.depth + c)).sum(),
-                    None => total(at),
-                };
-            }
+        let (row, depth) = (layout.sums(), layout.depth);
+        dw.par_chunks_mut(patch).with_min_len(ROWS).enumerate().for_each(|(channel, dw)| {
+            scratch::with(row, |total: &mut [f32]| {
+                total.copy_from_slice(&sums[channel * row..][..row]);
+                for part in sums.chunks_exact(all).skip(1) {
+                    for (total, part) in total.iter_mut().zip(&part[channel * row..]) {
+                        *total += part;
+                    }
+                }
+                for (tap, of) in layout.of.iter().enumerate() {
+                    for (c, dw) in dw.iter_mut().skip(tap).step_by(taps).enumerate() {
+                        *dw = of.iter().map(|product| total[product * depth + c]).sum();
+                    }
+                }
+                if layout.patches {
+                    dw.copy_from_slice(&total[..patch]);
+                }
+            });
         });
     });
 }
@@ -349,19 +356,32 @@ impl Work<'_> {
         let (layout, g) = (self.layout, self.layout.g);
         if layout.patches {
             let columns = layout.len;
-            scratch::with(layout.used * columns, |patches: &mut [f32]| {
+            scratch::with(layout.depth * columns, |patches: &mut [f32]| {
+                patches[layout.used * columns..].fill(0.0);
                 let [count, _] = g.output();
                 let run = RowRun { image: 0, first: 0, count };
                 im2col(g, self.x, 0, &[run], columns, patches);
-                let source = Planes { values: patches, width: columns, row: columns, start: 0 };
+                let source = Planes {
+                    values: patches,
+                    channels: layout.depth,
+                    width: columns,
+                    row: columns,
+                    start: 0,
+                };
                 // SAFETY: passed on.
-                unsafe { source.turn::<V>(layout, pixels) };
+                unsafe { source.turn::<V>(layout.depth, pixels) };
             });
         } else {
             let start = layout.pads[0] * layout.row + layout.pads[1];
-            let source = Planes { values: self.x, width: layout.input[1], row: layout.row, start };
+            let source = Planes {
+                values: self.x,
+                channels: g.in_channels,
+                width: layout.input[1],
+                row: layout.row,
+                start,
+            };
             // SAFETY: passed on.
-            unsafe { source.turn::<V>(layout, pixels) };
+            unsafe { source.turn::<V>(layout.depth, pixels) };
         }
     }
 }
@@ -369,50 +389,70 @@ impl Work<'_> {
 /// Planes [channels, pixels] of rows of `width` pixels, which go to pixels `row` apart from `start` on.
 struct Planes<'a> {
     values: &'a [f32],
+    channels: usize,
     width: usize,
     row: usize,
     start: usize,
 }
 
 impl Planes<'_> {
-    /// Lays the channels of each pixel together.
+    /// Lays the channels of each pixel together, `depth` floats a pixel.
     ///
     /// # Safety
     /// The instructions of `V` must be switched on.
     #[inline(always)]
-    unsafe fn turn<V: Vector>(&self, layout: &Layout<'_>, to: &mut [f32]) {
-        let (used, depth) = (layout.used, layout.depth);
-        let plane = self.values.len() / used;
-        let place = |pixel: usize| {
-            (self.start + pixel / self.width * self.row + pixel % self.width) * depth
-        };
+    unsafe fn turn<V: Vector>(&self, depth: usize, to: &mut [f32]) {
+        let plane = self.values.len() / self.channels;
         let mut square = [0.0; 256];
-        for c in (0..used).step_by(V::LANES) {
-            let whole = c + V::LANES <= used;
-            for first in (0..plane).step_by(V::LANES) {
-                if whole && first + V::LANES <= plane {
-                    let from = &self.values[c * plane + first..];
+        for c in (0..self.channels).step_by(V::LANES) {
+            let whole = c + V::LANES <= self.channels;
+            // Where the next pixel goes; no division on the way.
+            let (mut column, mut place) = (0, self.start * depth + c);
+            let mut first = 0;
+            while first < plane {
+                let from = &self.values[c * plane + first..];
+                if whole && column + V::LANES <= self.width {
                     assert!((V::LANES - 1) * plane + V::LANES <= from.len());
-                    // SAFETY: the square of rows `plane` apart lies in `from` (asserted above), and `square` holds
-                    // the largest one; the caller's duty.
+                    assert!(place + (V::LANES - 1) * depth + V::LANES <= to.len());
+                    // SAFETY: both squares lie in their slices (asserted above); the caller's duty.
+                    unsafe { V::transpose(from.as_ptr(), plane, to[place..].as_mut_ptr(), depth) };
+                    first += V::LANES;
+                    // The last pixel of the square, then one on.
+                    column += V::LANES - 1;
+                    place += (V::LANES - 1) * depth;
+                    (column, place) = self.after(column, place, depth);
+                } else if whole && first + V::LANES <= plane {
+                    assert!((V::LANES - 1) * plane + V::LANES <= from.len());
+                    // SAFETY: the square of rows `plane` apart lies in `from` (asserted above), and `square` holds the
+                    // largest one; the caller's duty.
                     unsafe {
                         V::transpose(from.as_ptr(), plane, square.as_mut_ptr(), V::LANES);
-                        for (at, lanes) in square.chunks_exact(V::LANES).take(V::LANES).enumerate()
-                        {
-                            let to = &mut to[place(first + at) + c..][..V::LANES];
+                        for lanes in square.chunks_exact(V::LANES).take(V::LANES) {
+                            let to = &mut to[place..place + V::LANES];
                             V::load(lanes.as_ptr()).store(to.as_mut_ptr());
+                            (column, place) = self.after(column, place, depth);
                         }
                     }
-                    continue;
-                }
-                for pixel in first..plane.min(first + V::LANES) {
-                    let to = &mut to[place(pixel) + c..][..V::LANES];
-                    for (lane, to) in to.iter_mut().enumerate() {
-                        let at = (c + lane) * plane + pixel;
-                        *to = if c + lane < used { self.values[at] } else { 0.0 };
+                    first += V::LANES;
+                } else {
+                    for (lane, to) in to[place..place + V::LANES].iter_mut().enumerate() {
+                        let inside = c + lane < self.channels;
+                        *to = if inside { from[lane * plane] } else { 0.0 };
                     }
+                    (column, place) = self.after(column, place, depth);
+                    first += 1;
                 }
             }
+        }
+    }
+
+    /// Column and place after a pixel.
+    #[inline(always)]
+    fn after(&self, column: usize, place: usize, depth: usize) -> (usize, usize) {
+        if column + 1 == self.width {
+            (0, place + (1 + self.row - self.width) * depth)
+        } else {
+            (column + 1, place + depth)
         }
     }
 }
