@@ -7,7 +7,7 @@
 //!
 //! Each of the N steps (50) prints its milliseconds on a line, after five that are not counted; a step ends with its
 //! scalars on the host. Needs the feature `cuda`.
-#![allow(clippy::print_stdout)]
+#![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use std::path::Path;
 use std::sync::Arc;
