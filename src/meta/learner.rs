@@ -335,7 +335,8 @@ impl MetaModel {
                 },
             })
         };
-        let learner = match store.word("learner")? {
+        // A saved backbone alone is a ProtoNet.
+        let learner = match store.words.get("learner").map_or("protonet", String::as_str) {
             "protonet" => return Ok(backbone.into()),
             "anil" => Learner::Anil(inner()?),
             "maml" => Learner::Maml(inner()?),
