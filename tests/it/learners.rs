@@ -145,7 +145,9 @@ impl ClassSource for Stripes {
         for (at, pixel) in pixels.iter_mut().enumerate() {
             let (row, column) = ((at % 256 / 16) as f32, (at % 16) as f32);
             let along = row * angle.sin() + column * angle.cos();
-            *pixel = 0.5 + 0.4 * (along * std::f32::consts::TAU / period + phase).sin() + 0.05 * rng.normal();
+            *pixel = 0.5
+                + 0.4 * (along * std::f32::consts::TAU / period + phase).sin()
+                + 0.05 * rng.normal();
         }
         Ok(())
     }

@@ -2,13 +2,15 @@
 //! groups that change places (NCHW and NHWC, the heads of attention, a matrix): a blocked transposition. Any
 //! other order is a rearrangement element by element.
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use super::arrange::{at, dot};
 use super::rearrange::{indices, rearrange_stretches};
 use super::{Rule, axis_index, strides};
 use crate::error::{Error, Result};
-use crate::graph::ir::Node;
+use crate::graph::ir::{ConstantData, ConstantTensor, Node};
 use crate::graph::plan::{Lower, Mode, Needs, Step, StepState, Target, Value};
 #[cfg(any(feature = "cuda", test))]
 use crate::tensor::cuda;
@@ -56,6 +58,22 @@ impl Swap {
                 }
             }
         });
+    }
+}
+
+impl Swap {
+    /// Weights, which exporters leave transposed, are turned as fast as what is computed; integers go the general way.
+    fn of_constant(&self, data: &ConstantData) -> Option<ConstantData> {
+        fn turned<T: Element>(swap: &Swap, x: &[T]) -> Vec<T> {
+            let mut y = vec![T::ZERO; x.len()];
+            swap.run(x, &mut y, Mode::Write);
+            y
+        }
+        match data {
+            ConstantData::F32(x) => Some(ConstantData::F32(turned(self, x))),
+            ConstantData::F64(x) => Some(ConstantData::F64(turned(self, x))),
+            ConstantData::I64(_) => None,
+        }
     }
 }
 
@@ -137,8 +155,14 @@ pub(super) fn permute<T: Element>(
         ([0, 2, 1, 3], &[_, rows, columns, piece]) => Some(Swap { rows, columns, piece }),
         _ => None,
     };
-    if let (Some(swap), None) = (swap, x.constant()) {
-        return Ok(lower.emit(Box::new(swap), std::slice::from_ref(x), shape));
+    if let Some(swap) = swap {
+        let Some(constant) = x.constant() else {
+            return Ok(lower.emit(Box::new(swap), std::slice::from_ref(x), shape));
+        };
+        if let Some(data) = swap.of_constant(&constant.data) {
+            let dtype = constant.dtype;
+            return Ok(Value::Constant(Arc::new(ConstantTensor { shape, dtype, data })));
+        }
     }
     let input_strides = strides(x.shape());
     let moved: Vec<usize> = permutation.iter().map(|&axis| input_strides[axis]).collect();
