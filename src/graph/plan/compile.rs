@@ -137,7 +137,7 @@ pub(crate) fn lower_node<'g, T: Element>(lower: &mut Lower<'g, T>, node: &'g Nod
 
 /// How a value depends on the images.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Flow {
+pub(in crate::graph) enum Flow {
     /// Not at all.
     Nothing,
     /// Through choices alone (a mask, an index).
@@ -146,6 +146,18 @@ enum Flow {
     Smooth,
     /// Partly through the step of this number, which has none: what is made of it is silently wrong.
     Broken(usize),
+}
+
+impl Flow {
+    /// How the result of step `index` depends on the images through an operand of this flow.
+    pub(in crate::graph) fn through(self, differentiable: Differentiable, index: usize) -> Self {
+        match (differentiable, self) {
+            (_, Self::Nothing) => Self::Nothing,
+            (Differentiable::Yes, flow) => flow,
+            (Differentiable::Choice, _) | (Differentiable::No, Self::Choice) => Self::Choice,
+            (Differentiable::No, _) => Self::Broken(index),
+        }
+    }
 }
 
 /// Refuses a plan in which the images reach the output only, or partly, through a step that has no
@@ -160,12 +172,7 @@ fn check_differentiable<T: Element>(
     for (index, record) in steps.iter().enumerate() {
         for (which, operand) in record.inputs.iter().enumerate() {
             let Operand::Live(id) = operand else { continue };
-            let flow = match (record.step.differentiable(which), flows[*id]) {
-                (_, Flow::Nothing) => Flow::Nothing,
-                (Differentiable::Yes, flow) => flow,
-                (Differentiable::Choice, _) | (Differentiable::No, Flow::Choice) => Flow::Choice,
-                (Differentiable::No, _) => Flow::Broken(index),
-            };
+            let flow = flows[*id].through(record.step.differentiable(which), index);
             flows[record.output] = flows[record.output].max(flow);
         }
     }

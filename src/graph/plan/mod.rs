@@ -13,7 +13,7 @@ mod schedule;
 mod step;
 
 pub use compile::{CompileOptions, Gradient, evaluate};
-pub(in crate::graph) use compile::{lower_node, needed_nodes};
+pub(in crate::graph) use compile::{Flow, lower_node, needed_nodes};
 
 pub use lower::{
     Lower, Rounding, TapReference, Taps, Value, data_dependent, elements, from_elements,

@@ -9,18 +9,8 @@ use super::native::Compiler;
 use super::parameters::with_free_affine;
 use crate::error::{Error, Result, ResultExt};
 use crate::graph::ir::{DataType, Graph};
-use crate::graph::plan::{Differentiable, Lower, Value, lower_node, needed_nodes};
+use crate::graph::plan::{Flow, Lower, Value, lower_node, needed_nodes};
 use crate::tensor::tape::Float;
-
-/// What a gradient can be taken through.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Flow {
-    Nothing,
-    Choice,
-    Smooth,
-    /// Through this instruction, which has no gradient.
-    Broken(usize),
-}
 
 impl<T: Float> Trainable<T> {
     /// Compiles what `output` of `graph` needs, for `input` of shape `input_shape` (batch included), the
@@ -154,12 +144,7 @@ fn check_gradient<T: Float>(
     }
     for (index, instruction) in program.iter().enumerate() {
         for (id, differentiable) in instruction.reads() {
-            let flow = match (differentiable, flows[id]) {
-                (_, Flow::Nothing) => Flow::Nothing,
-                (Differentiable::Yes, flow) => flow,
-                (Differentiable::Choice, _) | (Differentiable::No, Flow::Choice) => Flow::Choice,
-                (Differentiable::No, _) => Flow::Broken(index),
-            };
+            let flow = flows[id].through(differentiable, index);
             let made = &mut flows[instruction.output()];
             *made = (*made).max(flow);
         }
