@@ -13,8 +13,8 @@ use crate::tensor::kernels::Element;
 
 /// Steps of the central differences, in units of the input's root mean square.
 const STEPS: [f64; 8] = [3e-6, 1e-6, 3e-7, 1e-7, 3e-8, 1e-8, 3e-9, 1e-9];
-/// Two successive steps that agree this well (relative to the larger) saw no kink between them.
-const AGREEMENT: f64 = 1e-6;
+/// Two sides that agree this well (relative to the larger) have no kink between them.
+const AGREEMENT: f64 = 1e-5;
 /// Directions in which the gradient is compared, for small and for large inputs; each one tests all
 /// of it.
 const DIRECTIONS: [u64; 2] = [8, 3];
@@ -55,54 +55,61 @@ struct Sides {
     right: f64,
 }
 
-impl Sides {
-    fn central(self) -> f64 {
-        0.5 * (self.left + self.right)
+/// A measured slope and how far, of its size, the two differences it rests on lie apart.
+#[derive(Debug, Clone, Copy)]
+struct Slope {
+    value: f64,
+    gap: f64,
+}
+
+impl Slope {
+    const UNKNOWN: Self = Self { value: f64::NAN, gap: f64::INFINITY };
+
+    /// `value`, which `a` and `b` should both be, each off by up to `rounding`.
+    fn of(value: f64, a: f64, b: f64, rounding: f64) -> Self {
+        let size = a.abs().max(b.abs()).max(f64::MIN_POSITIVE);
+        Self { value, gap: ((a - b).abs() + rounding) / size }
     }
 
-    /// Whether there is a kink at the point itself: the two sides differ, and by the same as with `other`, a
-    /// step of another length. (Of a smooth function they differ in proportion to the step.)
-    fn is_kink(self, other: Self) -> bool {
-        let moved = (self.left - other.left).abs().max((self.right - other.right).abs());
-        moved <= KINK * (self.left - self.right).abs()
+    fn better(self, other: Self) -> Self {
+        if other.gap < self.gap { other } else { self }
     }
 }
 
-/// Two sides that move less than this share of their difference from step to step belong to a kink.
-const KINK: f64 = 1e-2;
-
-/// The limit of a difference as its step shrinks, which `exact` should be. A step that jumps a kink (a ReLU
-/// changing side) gives a slope that is of neither side, a step too small drowns in rounding: of all successive
-/// pairs, the one whose central differences agree best is taken, where `rounding`, that of the objective, over
-/// the step counts as disagreement: two slopes of noise may agree by chance. A kink nearer than any step leaves
-/// the central difference half-way between the sides for all of them; the slope is then that of one side,
+/// The limit of a difference as its step shrinks, which `exact` should be. A step that jumps kinks (ReLUs
+/// changing side) gives slopes that differ to the left and to the right, one too small drowns in rounding: the
+/// central difference of the step whose two sides agree best is taken, where `rounding`, that of the objective,
+/// over the step counts as disagreement, since two slopes of noise may agree by chance. A kink nearer than any
+/// step leaves the sides apart, but each of them alike from step to step; the slope is then that of one side,
 /// the one nearer to `exact`.
 fn slope(sides: &mut impl FnMut(f64) -> Sides, exact: f64, rounding: f64) -> f64 {
-    let mut last = sides(STEPS[0]);
-    if last.central().abs() <= rounding / STEPS[0] {
-        return last.central();
-    }
-    let mut best = (f64::INFINITY, last, last);
-    for &step in &STEPS[1..] {
-        let next = sides(step);
-        let (own, before) = (next.central(), last.central());
-        let gap = ((own - before).abs() + rounding / step)
-            / own.abs().max(before.abs()).max(f64::MIN_POSITIVE);
-        if gap < best.0 {
-            best = (gap, next, last);
+    let [mut central, mut left, mut right] = [Slope::UNKNOWN; 3];
+    let mut last: Option<Sides> = None;
+    for step in STEPS {
+        let (next, rounding) = (sides(step), rounding / step);
+        let middle = 0.5 * (next.left + next.right);
+        if last.is_none() && middle.abs() <= rounding {
+            return middle;
         }
-        if gap <= AGREEMENT {
+        central = central.better(Slope::of(middle, next.left, next.right, rounding));
+        if central.gap <= AGREEMENT {
             break;
         }
-        last = next;
+        if let Some(last) = last {
+            left = left.better(Slope::of(next.left, next.left, last.left, rounding));
+            right = right.better(Slope::of(next.right, next.right, last.right, rounding));
+        }
+        last = Some(next);
     }
-    let (_, found, before) = best;
-    if !found.is_kink(before) {
-        return found.central();
+    if central.gap <= KINK * left.gap.max(right.gap) {
+        return central.value;
     }
     let nearer = |a: &f64, b: &f64| (a - exact).abs().total_cmp(&(b - exact).abs());
-    [found.left, found.right].into_iter().min_by(nearer).unwrap_or(found.left)
+    [left.value, right.value].into_iter().min_by(nearer).unwrap_or(central.value)
 }
+
+/// The sides must agree with themselves this many times better than with each other to belong to a kink.
+const KINK: f64 = 10.0;
 
 /// A random linear objective on the outputs and the tapped statistics: every path is exercised.
 struct Objective {
