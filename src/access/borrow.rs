@@ -17,17 +17,19 @@ use crate::zoo::ModelSpec;
 pub struct Borrowing {
     own: Box<dyn Teacher>,
     lenders: Vec<Arc<WhiteTeacher>>,
+    factor: f32,
 }
 
 impl Borrowing {
-    /// `own` with the statistics of `lenders`; `own` as it is where it has statistics or nobody lends.
-    pub fn over(own: Box<dyn Teacher>, lenders: &[Arc<WhiteTeacher>]) -> Box<dyn Teacher> {
+    /// `own` with the statistics of `lenders`, which weigh `factor` times what own ones would; `own` as it is where
+    /// it has statistics or nobody lends.
+    pub fn over(own: Box<dyn Teacher>, lenders: &[Arc<WhiteTeacher>], factor: f32) -> Box<dyn Teacher> {
         let lenders: Vec<_> =
             lenders.iter().filter(|lender| lender.statistics_layers() > 0).cloned().collect();
         if own.statistics_layers() > 0 || lenders.is_empty() {
             return own;
         }
-        Box::new(Self { own, lenders })
+        Box::new(Self { own, lenders, factor })
     }
 }
 
@@ -63,8 +65,8 @@ impl Teacher for Borrowing {
         let mut found = self.own.image_gradient(images, &own, rng)?;
         let lender = &self.lenders[rng.below(self.lenders.len())];
         let layers = lender.statistics_layers() as f32;
-        let borrowed =
-            Objective { logits: &Silent, statistics_weight: objective.statistics_weight / layers };
+        let statistics_weight = objective.statistics_weight * self.factor / layers;
+        let borrowed = Objective { logits: &Silent, statistics_weight };
         let lent = lender.image_gradient(images, &borrowed, rng)?;
         for (sum, part) in found.gradient.data_mut().iter_mut().zip(lent.gradient.data()) {
             *sum += part;

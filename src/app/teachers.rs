@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 use super::context::{Context, Secrets};
 use super::progress::Progress;
 use super::queries::Queries;
+use super::config::WhiteBoxConfig;
 use super::{RunConfig, settings};
 use crate::access::library::RuntimeOptions;
 use crate::access::runtime::Runtime;
@@ -176,17 +177,18 @@ pub fn open_white(spec: &ModelSpec, zoo: &Path, surrogate: Surrogate) -> Result<
 pub struct Lenders<'a> {
     specs: Vec<&'a ModelSpec>,
     zoo: &'a Path,
+    factor: f32,
     open: OnceLock<Vec<Arc<WhiteTeacher>>>,
 }
 
 impl<'a> Lenders<'a> {
-    /// At most `most` of those `specs` that hold statistics, spread evenly over them.
-    pub fn new(specs: &[&'a ModelSpec], zoo: &'a Path, most: usize) -> Self {
+    /// At most `lenders` of those `specs` that hold statistics, spread evenly over them.
+    pub fn new(specs: &[&'a ModelSpec], zoo: &'a Path, config: &WhiteBoxConfig) -> Self {
         let lends = |spec: &&&ModelSpec| spec.access == Access::WhiteBox && spec.norm_taps > 0;
         let all: Vec<&ModelSpec> = specs.iter().filter(lends).copied().collect();
-        let count = most.min(all.len());
+        let count = config.lenders.min(all.len());
         let specs = (0..count).map(|i| all[i * all.len() / count]).collect();
-        Self { specs, zoo, open: OnceLock::new() }
+        Self { specs, zoo, factor: config.lent_factor, open: OnceLock::new() }
     }
 
     /// `teacher`, with borrowed statistics where it is white-box and has none. A lender that has changed or
@@ -202,6 +204,6 @@ impl<'a> Lenders<'a> {
                 .ok()
         };
         let lenders = self.open.get_or_init(|| self.specs.iter().filter_map(open).collect());
-        Borrowing::over(teacher, lenders)
+        Borrowing::over(teacher, lenders, self.factor)
     }
 }

@@ -260,7 +260,7 @@ impl Work<'_> {
         let zoo = found.zoo.clone();
         let mut teachers = TeacherOptions::new(self.context, self.config, zoo, runtime);
         teachers.queries = Some(self.queries()?);
-        let lenders = Lenders::new(&specs, &found.zoo, self.config.recover.white_box.lenders);
+        let lenders = Lenders::new(&specs, &found.zoo, &self.config.recover.white_box);
         let failed: Mutex<Option<Error>> = Mutex::default();
         let keep = |error: Error| {
             failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get_or_insert(error);

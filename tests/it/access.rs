@@ -189,7 +189,7 @@ fn a_model_replaced_since_ingest_lends_no_statistics() {
     let specs: Vec<&ModelSpec> = specs.iter().collect();
     let taker = specs.iter().find(|spec| spec.id == "taker").unwrap();
     let layers = || {
-        let lenders = Lenders::new(&specs, &found.zoo, 8);
+        let lenders = Lenders::new(&specs, &found.zoo, &config.recover.white_box);
         lenders.lend(open(taker, &options).unwrap()).statistics_layers()
     };
     assert_eq!(layers(), 1, "borrowed");

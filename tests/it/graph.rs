@@ -155,7 +155,7 @@ fn statistics_are_borrowed_where_a_model_has_none() {
     let lender = std::sync::Arc::new(open("sh_000_glyphs_conv4_64"));
     let lenders = [std::sync::Arc::clone(&lender)];
     let name = "sh_006_glyphs_convnext_ln_gelu";
-    let (own, borrowing) = (open(name), Borrowing::over(Box::new(open(name)), &lenders));
+    let (own, borrowing) = (open(name), Borrowing::over(Box::new(open(name)), &lenders, 2.0));
     assert_eq!((own.statistics_layers(), borrowing.statistics_layers()), (0, 1));
 
     let images = images(4, 32);
@@ -165,7 +165,7 @@ fn statistics_are_borrowed_where_a_model_has_none() {
         let mut rng = RngStream::new(0, "test", "", 0);
         teacher.image_gradient(&images, &objective, &mut rng).unwrap()
     };
-    let found = gradient(borrowing.as_ref(), 0.8);
+    let found = gradient(borrowing.as_ref(), 0.4);
     let layers = lender.statistics_layers() as f32;
     // What the statistics add to the lender's own gradient is what the borrower's gains.
     let (with, without) = (gradient(&*lender, 0.8 / layers), gradient(&*lender, 0.0));
@@ -179,9 +179,9 @@ fn statistics_are_borrowed_where_a_model_has_none() {
     let share = with.statistics_loss / f64::from(layers);
     assert!((found.statistics_loss - share).abs() < 1e-9);
 
-    let rich = Borrowing::over(Box::new(open("sh_003_glyphs_vgg_bn")), &lenders);
+    let rich = Borrowing::over(Box::new(open("sh_003_glyphs_vgg_bn")), &lenders, 2.0);
     assert_eq!(rich.statistics_layers(), open("sh_003_glyphs_vgg_bn").statistics_layers());
-    assert_eq!(Borrowing::over(Box::new(open(name)), &[]).statistics_layers(), 0);
+    assert_eq!(Borrowing::over(Box::new(open(name)), &[], 2.0).statistics_layers(), 0);
 }
 
 /// Normalisation-free networks standardise their weights; exporters write that as BatchNormalization in

@@ -121,6 +121,18 @@ impl RunConfig {
         if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(Error::input(format!("setting must not be 0: `{name}`")));
         }
+        let white = &self.recover.white_box;
+        let weights = [
+            ("statistics_weight", white.statistics_weight),
+            ("lent_factor", white.lent_factor),
+            ("total_variation_weight", white.total_variation_weight),
+            ("l2_weight", white.l2_weight),
+        ];
+        if let Some((name, value)) = weights.iter().find(|(_, v)| !(v.is_finite() && *v >= 0.0)) {
+            return Err(Error::input(format!(
+                "`recover.white_box.{name}` must be 0 or a positive number: `{value}`"
+            )));
+        }
         if self.eval.as_ref().is_some_and(|eval| eval.data.as_os_str().is_empty()) {
             return Err(Error::input("evaluation needs images: `eval.data` is not set")
                 .hint("set `eval.data` to an ImageFolder, or leave `eval` out"));

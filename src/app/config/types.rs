@@ -80,6 +80,8 @@ pub struct WhiteBoxConfig {
     /// Models of the zoo, at most, that lend their statistics to those that have none even so (layer
     /// normalisation, transformers); 0 for none.
     pub lenders: usize,
+    /// Weight of lent statistics, times `statistics_weight`.
+    pub lent_factor: f32,
     /// Weight of the total variation.
     pub total_variation_weight: f32,
     /// Weight of the L2 norm.
@@ -360,6 +362,7 @@ impl Default for WhiteBoxConfig {
             statistics_weight: 0.2,
             surrogate: SurrogateName::Auto,
             lenders: 8,
+            lent_factor: 5.0,
             total_variation_weight: 1e-3,
             l2_weight: 1e-5,
             jitter: 2,
