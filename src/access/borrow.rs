@@ -23,7 +23,11 @@ pub struct Borrowing {
 impl Borrowing {
     /// `own` with the statistics of `lenders`, which weigh `factor` times what own ones would; `own` as it is where
     /// it has statistics or nobody lends.
-    pub fn over(own: Box<dyn Teacher>, lenders: &[Arc<WhiteTeacher>], factor: f32) -> Box<dyn Teacher> {
+    pub fn over(
+        own: Box<dyn Teacher>,
+        lenders: &[Arc<WhiteTeacher>],
+        factor: f32,
+    ) -> Box<dyn Teacher> {
         let lenders: Vec<_> =
             lenders.iter().filter(|lender| lender.statistics_layers() > 0).cloned().collect();
         if own.statistics_layers() > 0 || lenders.is_empty() {

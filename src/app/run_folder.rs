@@ -227,6 +227,11 @@ impl RunFolder {
         Ok(self.path.join("ckpt").join(name))
     }
 
+    /// Moving images of method `purer`, as the newest checkpoint has them.
+    pub fn pixels(&self) -> PathBuf {
+        self.path.join("pixels")
+    }
+
     /// The newest checkpoint.
     ///
     /// # Errors

@@ -11,7 +11,7 @@ use crate::meta::{
     ShiftEdge, TrainConfig,
 };
 use crate::methods::invert::UNIT;
-use crate::methods::{GenerateConfig, InvertConfig, RecoverConfig};
+use crate::methods::{EciConfig, GenerateConfig, InvertConfig, RecoverConfig};
 use crate::zoo::{Access, ModelSpec};
 
 /// Images asked of a black-box model at once.
@@ -46,6 +46,20 @@ pub fn recover_config(config: &RunConfig) -> RecoverConfig {
                 _ => 0,
             },
         },
+    }
+}
+
+/// How the images move in meta-training.
+pub fn eci_config(config: &RunConfig) -> EciConfig {
+    let own = &config.curriculum;
+    EciConfig {
+        seed: config.seed,
+        candidates: own.candidates,
+        rate: own.learning_rate / f64::from(UNIT),
+        weight: own.weight,
+        warm_up: own.warm_up,
+        patience: own.patience,
+        invert: recover_config(config).white_box,
     }
 }
 

@@ -4,10 +4,10 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
+use super::config::WhiteBoxConfig;
 use super::context::{Context, Secrets};
 use super::progress::Progress;
 use super::queries::Queries;
-use super::config::WhiteBoxConfig;
 use super::{RunConfig, settings};
 use crate::access::library::RuntimeOptions;
 use crate::access::runtime::Runtime;

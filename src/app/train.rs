@@ -4,7 +4,6 @@
 //! training. A run that was killed or interrupted goes on from there and ends with the same bytes.
 
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::Instant;
@@ -12,7 +11,7 @@ use std::time::Instant;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::config::RunConfig;
+use super::config::{Method, RunConfig};
 use super::ingest::{CatalogWriting, Ingest, IngestOptions, ProbeOptions, Strictness, ingest};
 use super::queries::{ModelOutcome, Queries};
 use super::run_folder::{RunFolder, RunRecord, UsedModel, versions};
@@ -20,12 +19,13 @@ use super::teachers::{Lenders, TeacherOptions, open};
 use super::{Context, queries, settings};
 use crate::access::library::RuntimeOptions;
 use crate::error::{Error, ErrorKind, Result};
-use crate::meta::{Limits, StopReason, Trainer};
 use crate::methods::parts::ImageBank;
 use crate::methods::{RecoverItem, RecoverStop, Recovered, recover};
 use crate::report::{Event, EventLog, contact_sheet};
 use crate::tensor::Images;
 use crate::zoo::{ModelSpec, Rejection};
+
+mod meta;
 
 /// Rows of the picture of recovered images.
 const SHEET_ROWS: usize = 24;
@@ -134,7 +134,10 @@ pub fn train(context: &Context, options: &TrainOptions) -> Result<TrainResult> {
     let work = Work { context, options, config: &config, run: &run, log: &log, begin };
     let result = work.recover(&found, &specs).and_then(|(bank, recover)| {
         let begin_meta = Instant::now();
-        let (reason, steps) = work.meta_train(&bank)?;
+        let (reason, steps) = match config.method {
+            Method::Inversion => work.meta_train(&bank)?,
+            Method::Purer => work.meta_train_moving(&found, &specs, &bank)?,
+        };
         let meta = begin_meta.elapsed().as_secs_f64();
         Ok((bank, recover, reason, steps, meta))
     });
@@ -256,10 +259,7 @@ impl Work<'_> {
                 file: self.run.bank().join(format!("{}.safetensors", queries::file_name(spec))),
             })
             .collect();
-        let runtime = self.options.runtime.clone();
-        let zoo = found.zoo.clone();
-        let mut teachers = TeacherOptions::new(self.context, self.config, zoo, runtime);
-        teachers.queries = Some(self.queries()?);
+        let teachers = self.teachers(found)?;
         let lenders = Lenders::new(&specs, &found.zoo, &self.config.recover.white_box);
         let failed: Mutex<Option<Error>> = Mutex::default();
         let keep = |error: Error| {
@@ -301,6 +301,15 @@ impl Work<'_> {
         }
         let bank = self.gather(found, &specs, results)?;
         Ok((bank, begin.elapsed().as_secs_f64()))
+    }
+
+    /// How teachers are opened.
+    fn teachers(&self, found: &Ingest) -> Result<TeacherOptions> {
+        let runtime = self.options.runtime.clone();
+        let zoo = found.zoo.clone();
+        let mut teachers = TeacherOptions::new(self.context, self.config, zoo, runtime);
+        teachers.queries = Some(self.queries()?);
+        Ok(teachers)
     }
 
     fn queries(&self) -> Result<Queries> {
@@ -397,53 +406,6 @@ impl Work<'_> {
             }
         }
         contact_sheet(&shown, &labels, SHEET_COLUMNS)
-    }
-
-    /// Meta-trains from the newest checkpoint, or from the start.
-    fn meta_train(&self, bank: &ImageBank) -> Result<(&'static str, u64)> {
-        let config = settings::train_config(self.config);
-        let mut trainer = match self.run.latest_checkpoint() {
-            Ok(checkpoint) => Trainer::restore(config, &checkpoint)?,
-            Err(_) => Trainer::new(config, settings::untrained_model(self.config)?),
-        };
-        let stage = self.context.progress.stage("meta-train", Some(self.config.meta.steps));
-        stage.advance(trainer.step());
-        let every = self.config.meta.checkpoint_every;
-        let mut failed = None;
-        let reason = trainer.run(bank, Limits::default(), &mut |trainer, iteration| {
-            stage.advance(1);
-            let logged = (iteration.step % 10 == 0).then(|| {
-                stage.message(&format!(
-                    "loss {:.3}, accuracy {:.0} %",
-                    iteration.loss,
-                    100.0 * iteration.accuracy
-                ));
-                let event = Event::new(self.time(), "meta", iteration.step)
-                    .value("loss", iteration.loss)
-                    .value("accuracy", iteration.accuracy);
-                self.log.write(&event)
-            });
-            let saved = (iteration.step % every == 0).then(|| self.checkpoint(trainer));
-            failed = [logged, saved].into_iter().flatten().find_map(Result::err);
-            if failed.is_some() || self.context.is_interrupted() {
-                ControlFlow::Break(())
-            } else {
-                ControlFlow::Continue(())
-            }
-        })?;
-        if let Some(error) = failed {
-            return Err(error);
-        }
-        self.checkpoint(&trainer)?;
-        match reason {
-            StopReason::Interrupted => Err(Error::interrupted()),
-            StopReason::Diverged => Ok(("diverged", trainer.step())),
-            _ => Ok(("done", trainer.step())),
-        }
-    }
-
-    fn checkpoint(&self, trainer: &Trainer) -> Result<()> {
-        self.run.save_checkpoint(trainer.step(), |path| trainer.save(path)).map(|_| ())
     }
 }
 

@@ -67,6 +67,37 @@ impl Augmentation {
 }
 
 impl Draw {
+    /// The gradient to the image, where `gradient` is that to the changed one (the transposed map).
+    pub(super) fn pull_back(&self, gradient: &[f32], height: usize, width: usize, to: &mut [f32]) {
+        let plane = height * width;
+        let mut mixed = gradient.to_vec();
+        if let (Some((matrix, _)), 3) = (self.colour, gradient.len() / plane.max(1)) {
+            for at in 0..plane {
+                for i in 0..3 {
+                    let part = |j: usize| matrix[j][i] * gradient[j * plane + at];
+                    mixed[i * plane + at] = part(0) + part(1) + part(2);
+                }
+            }
+        }
+        to.fill(0.0);
+        let source = |at: usize, shift: i64, length: usize| {
+            let from = at as i64 - shift;
+            let inside = (0..length as i64).contains(&from);
+            (inside || self.edge == ShiftEdge::Nearest)
+                .then(|| from.clamp(0, length as i64 - 1) as usize)
+        };
+        for (from, to) in mixed.chunks_exact(plane).zip(to.chunks_exact_mut(plane)) {
+            for (row, from) in from.chunks_exact(width).enumerate() {
+                let Some(y) = source(row, self.shift[0], height) else { continue };
+                for (column, g) in from.iter().enumerate() {
+                    if let Some(x) = source(column, self.shift[1], width) {
+                        to[y * width + x] += g;
+                    }
+                }
+            }
+        }
+    }
+
     /// Writes the changed image; `input` and `output` are RGB `[3, height, width]`.
     pub(super) fn apply(&self, input: &[f32], height: usize, width: usize, output: &mut [f32]) {
         let plane = height * width;
@@ -144,6 +175,35 @@ mod tests {
                         assert_eq!(value, expected, "{dy} {dx} {edge:?} {at}");
                     }
                 }
+            }
+        }
+    }
+
+    /// `<apply(x + d) - apply(x), g> = <d, pull_back(g)>` for every shift, edge and colour map.
+    #[test]
+    fn a_gradient_goes_back_the_way_the_image_came() {
+        let mut rng = RngStream::new(4, "x", "", 0);
+        let colour = Some(ColourMap { identity: 0.5, matrix: 0.5, offset: 0.2 });
+        for (edge, colour) in [
+            (ShiftEdge::Grey, None),
+            (ShiftEdge::Grey, colour),
+            (ShiftEdge::Nearest, None),
+            (ShiftEdge::Nearest, colour),
+        ] {
+            let augmentation = Augmentation { shift: 6, edge, colour };
+            for _ in 0..40 {
+                let draw = augmentation.draw(&mut rng);
+                let x = image();
+                let [d, g] = [(); 2].map(|()| rng.normals(x.len()));
+                let moved: Vec<f32> = x.iter().zip(&d).map(|(x, d)| x + d).collect();
+                let [mut before, mut after, mut back] = [(); 3].map(|()| vec![0.0; x.len()]);
+                draw.apply(&x, 4, 5, &mut before);
+                draw.apply(&moved, 4, 5, &mut after);
+                draw.pull_back(&g, 4, 5, &mut back);
+                let change: Vec<f32> = after.iter().zip(&before).map(|(a, b)| a - b).collect();
+                let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+                let (there, here) = (dot(&change, &g), dot(&d, &back));
+                assert!((there - here).abs() < 1e-4 * (1.0 + there.abs()), "{draw:?}");
             }
         }
     }

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use super::augment::{Augmentation, Draw};
 use super::backbone::{Backbone, BnMode};
 use super::episodes::{ClassSource, Episode, EpisodeSampler};
-use super::learner::{InnerOrder, Learner, MetaModel, Task};
+use super::learner::{Answer, InnerOrder, Learner, MetaModel, Task};
 use super::protonet::first_largest;
 use crate::error::{Error, Result, ResultExt};
 use crate::tensor::tape::{BatchStatistics, Order, Tape, Var, grad};
@@ -128,6 +128,11 @@ impl Trainer {
         Self { config, model, adam, step: 0 }
     }
 
+    /// What it trains with.
+    pub fn config(&self) -> &TrainConfig {
+        &self.config
+    }
+
     /// The model as it stands.
     pub fn model(&self) -> &MetaModel {
         &self.model
@@ -240,20 +245,7 @@ impl Trainer {
         let tape = Tape::new();
         let images = tape.constant(read_images(source, &episode, &draws)?);
         let parameters = self.model.leaves(&tape);
-        let n_support = episode.support_labels.len();
-        let support = images.narrow(0, 0, n_support)?;
-        let query = images.narrow(0, n_support, episode.query_labels.len())?;
-        let labels = episode.support_labels.as_slice();
-        let task = Task { support: &support, labels, query: &query, way: c.way };
-        let (steps, order) = match self.model.learner() {
-            Learner::ProtoNet => (0, Order::First),
-            Learner::Anil(inner) | Learner::Maml(inner) => match inner.order {
-                InnerOrder::Second => (inner.train_steps, Order::Higher),
-                InnerOrder::First => (inner.train_steps, Order::First),
-            },
-        };
-        let answer = self.model.answer(&parameters, task, steps, order, BnMode::Batch)?;
-        let loss = answer.logits.cross_entropy(&episode.query_labels)?;
+        let (loss, answer) = self.play(&parameters, &images, &episode)?;
         let wrt: Vec<&Var> = parameters.iter().collect();
         let gradients = grad(&loss, &wrt, Order::First)?
             .into_iter()
@@ -265,6 +257,29 @@ impl Trainer {
             gradients,
             statistics: answer.statistics,
         })
+    }
+
+    /// The outer loss of an episode with these images, support then queries `[n, 3, H, W]`, and the learner's answer.
+    pub(super) fn play(
+        &self,
+        parameters: &[Var],
+        images: &Var,
+        episode: &Episode,
+    ) -> Result<(Var, Answer)> {
+        let n_support = episode.support_labels.len();
+        let support = images.narrow(0, 0, n_support)?;
+        let query = images.narrow(0, n_support, episode.query_labels.len())?;
+        let labels = episode.support_labels.as_slice();
+        let task = Task { support: &support, labels, query: &query, way: self.config.way };
+        let (steps, order) = match self.model.learner() {
+            Learner::ProtoNet => (0, Order::First),
+            Learner::Anil(inner) | Learner::Maml(inner) => match inner.order {
+                InnerOrder::Second => (inner.train_steps, Order::Higher),
+                InnerOrder::First => (inner.train_steps, Order::First),
+            },
+        };
+        let answer = self.model.answer(parameters, task, steps, order, BnMode::Batch)?;
+        Ok((answer.logits.cross_entropy(&episode.query_labels)?, answer))
     }
 
     /// The whole state: network, optimiser, position, configuration.
@@ -356,7 +371,11 @@ fn all_finite(tensors: &[Tensor]) -> Result<bool> {
 }
 
 /// The episode's images, augmented: `[n, 3, H, W]`.
-fn read_images(source: &dyn ClassSource, episode: &Episode, draws: &[Draw]) -> Result<Tensor> {
+pub(super) fn read_images(
+    source: &dyn ClassSource,
+    episode: &Episode,
+    draws: &[Draw],
+) -> Result<Tensor> {
     let [height, width] = source.image_size();
     let stride = 3 * height * width;
     let mut pixels = vec![0.0f32; episode.images.len() * stride];

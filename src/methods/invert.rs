@@ -6,7 +6,7 @@
 
 use crate::access::{Objective, PixelTask, Teacher};
 use crate::error::Result;
-use crate::tensor::{Adam, AdamOptions, Images, RngStream};
+use crate::tensor::{Adam, AdamOptions, Images, RngStream, TensorStore};
 
 use super::parts::CrossEntropy;
 use super::parts::priors::{size, total_variation};
@@ -36,6 +36,120 @@ pub struct InvertConfig {
     pub size: f32,
     /// Largest cyclic shift in pixels, each way.
     pub jitter: usize,
+}
+
+const ADAM: AdamOptions = AdamOptions { beta1: 0.5, beta2: 0.99, ..AdamOptions::STANDARD };
+
+/// The weight of the statistics of one layer.
+fn shared_weight(config: &InvertConfig, teacher: &dyn Teacher) -> f32 {
+    config.statistics / teacher.statistics_layers().max(1) as f32
+}
+
+/// Images whose pixels are free, with the state of their optimiser.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FreePixels {
+    /// Standardised pixels, `[n, 3, H, W]`.
+    z: Vec<f32>,
+    shape: [usize; 4],
+    adam: Adam,
+}
+
+impl FreePixels {
+    /// Frees the pixels of canonical `images`.
+    pub fn of(images: &Images) -> Self {
+        let z: Vec<f32> = images.data().iter().map(|v| (v - MIDDLE) / UNIT).collect();
+        Self { adam: Adam::new(ADAM, [z.len()]), shape: images.shape(), z }
+    }
+
+    /// Steps taken.
+    pub fn steps(&self) -> u64 {
+        self.adam.steps()
+    }
+
+    /// `[n, 3, H, W]`.
+    pub fn shape(&self) -> [usize; 4] {
+        self.shape
+    }
+
+    /// The images, canonical.
+    ///
+    /// # Errors
+    /// Never for pixels made by this type.
+    pub fn images(&self) -> Result<Images> {
+        let z: Vec<f32> = self.z.iter().map(|v| v.clamp(-RANGE, RANGE)).collect();
+        canonical(&z, self.shape)
+    }
+
+    /// Writes image `index`, canonical, `[3, H, W]`.
+    pub fn read(&self, index: usize, pixels: &mut [f32]) {
+        let stride = self.shape[1..].iter().product::<usize>();
+        for (to, z) in pixels.iter_mut().zip(&self.z[index * stride..(index + 1) * stride]) {
+            *to = MIDDLE + UNIT * z.clamp(-RANGE, RANGE);
+        }
+    }
+
+    /// One Adam step of size `rate` (in standardised pixels) down the objective of `teacher`, `loss` on its logits
+    /// with the priors of `config`, and down `pull`, a gradient to the canonical pixels, where there is one.
+    ///
+    /// # Errors
+    /// Those of the teacher.
+    pub fn step(
+        &mut self,
+        teacher: &dyn Teacher,
+        loss: &CrossEntropy,
+        config: &InvertConfig,
+        rate: f64,
+        pull: Option<&[f32]>,
+        rng: &mut RngStream,
+    ) -> Result<RecoverIteration> {
+        let [_, _, h, w] = self.shape;
+        let reach = config.jitter as i64;
+        let z = &mut self.z;
+        z.iter_mut().for_each(|v| *v = v.clamp(-RANGE, RANGE));
+        let (dy, dx) = (rng.integer_in(-reach, reach), rng.integer_in(-reach, reach));
+        let images = roll(&canonical(z, self.shape)?, dy, dx);
+        let statistics_weight = shared_weight(config, teacher);
+        let objective = Objective { logits: loss, statistics_weight };
+        let found = teacher.image_gradient(&images, &objective, rng)?;
+        let mut gradient = roll(&found.gradient, -dy, -dx).into_data();
+        if let Some(pull) = pull {
+            gradient.iter_mut().zip(pull).for_each(|(g, p)| *g += p);
+        }
+        gradient.iter_mut().for_each(|g| *g *= UNIT);
+        let tv = total_variation(z, h, w, config.total_variation, &mut gradient);
+        let norm = size(z, config.size, &mut gradient);
+        self.adam.step(rate, &mut [z], &[&gradient])?;
+        Ok(RecoverIteration {
+            step: self.adam.steps() as usize,
+            loss: found.logits_loss,
+            statistics: found.statistics_loss,
+            prior: f64::from(config.total_variation) * tv + f64::from(config.size) * norm,
+        })
+    }
+
+    /// Pixels and optimiser as the content of a file.
+    pub fn to_store(&self) -> TensorStore {
+        let mut store = TensorStore::default();
+        let (first, second) = self.adam.moments();
+        for (name, values) in
+            [("z", &self.z), ("adam.first", &first[0]), ("adam.second", &second[0])]
+        {
+            store.insert(name, &self.shape, values.clone());
+        }
+        store.words.insert("steps".into(), self.adam.steps().to_string());
+        store
+    }
+
+    /// What [`FreePixels::to_store`] made, of images of `shape`.
+    ///
+    /// # Errors
+    /// When the store is another one.
+    pub fn from_store(store: &TensorStore, shape: [usize; 4]) -> Result<Self> {
+        let read = |name: &str| store.tensor(name, &shape).map(<[f32]>::to_vec);
+        let (first, second) = (vec![read("adam.first")?], vec![read("adam.second")?]);
+        let adam = Adam::restore(ADAM, store.number("steps")?, first, second)?;
+        Ok(Self { z: read("z")?, shape, adam })
+    }
 }
 
 /// Shifts each image cyclically by (`dy`, `dx`).
@@ -76,12 +190,9 @@ pub fn invert(
     let [h, w] = image_size;
     let shape = [labels.len(), 3, h, w];
     let mut rng = RngStream::new(seed, "invert", &teacher.spec().sha, block);
-    let mut z = rng.normals(shape.iter().product());
-    let options = AdamOptions { beta1: 0.5, beta2: 0.99, ..AdamOptions::STANDARD };
-    let mut adam = Adam::new(options, [z.len()]);
+    let z = rng.normals(shape.iter().product());
+    let adam = Adam::new(ADAM, [z.len()]);
     let loss = CrossEntropy::new(labels.to_vec());
-    let statistics_weight = config.statistics / teacher.statistics_layers().max(1) as f32;
-    let objective = Objective { logits: &loss, statistics_weight };
     let reach = config.jitter as i64;
     let rate = |step: usize| {
         let done = step as f64 / config.steps as f64;
@@ -93,10 +204,10 @@ pub fn invert(
         size: image_size,
         labels,
         standard: [MIDDLE, UNIT, RANGE],
-        statistics: statistics_weight,
+        statistics: shared_weight(config, teacher),
         total_variation: config.total_variation,
         norm: config.size,
-        adam: options,
+        adam: ADAM,
     };
     if let Some(mut pixels) = teacher.resident(&task)? {
         for step in 0..config.steps {
@@ -113,26 +224,13 @@ pub fn invert(
         }
         return canonical(&pixels.read()?, shape);
     }
+    let mut pixels = FreePixels { z, shape, adam };
     for step in 0..config.steps {
         watch.check()?;
-        z.iter_mut().for_each(|v| *v = v.clamp(-RANGE, RANGE));
-        let (dy, dx) = (rng.integer_in(-reach, reach), rng.integer_in(-reach, reach));
-        let images = roll(&canonical(&z, shape)?, dy, dx);
-        let found = teacher.image_gradient(&images, &objective, &mut rng)?;
-        let mut gradient = roll(&found.gradient, -dy, -dx).into_data();
-        gradient.iter_mut().for_each(|g| *g *= UNIT);
-        let tv = total_variation(&z, h, w, config.total_variation, &mut gradient);
-        let norm = size(&z, config.size, &mut gradient);
-        adam.step(rate(step), &mut [&mut z], &[&gradient])?;
-        watch.tell(&RecoverIteration {
-            step: step + 1,
-            loss: found.logits_loss,
-            statistics: found.statistics_loss,
-            prior: f64::from(config.total_variation) * tv + f64::from(config.size) * norm,
-        });
+        let found = pixels.step(teacher, &loss, config, rate(step), None, &mut rng)?;
+        watch.tell(&RecoverIteration { step: step + 1, ..found });
     }
-    z.iter_mut().for_each(|v| *v = v.clamp(-RANGE, RANGE));
-    canonical(&z, shape)
+    pixels.images()
 }
 
 #[cfg(test)]

@@ -5,11 +5,13 @@
 //! [`invert`] frees pixels under exact gradients (PURER sec. 2.2, DeepInversion), [`generate`] trains a
 //! generator on estimated ones (BiDf-MKD sec. 3.3).
 
+pub mod eci;
 pub mod generate;
 pub mod invert;
 pub mod parts;
 mod recover;
 
+pub use eci::{Eci, EciConfig, EciStep, Hardening};
 pub use generate::GenerateConfig;
 pub use invert::InvertConfig;
 pub use recover::{

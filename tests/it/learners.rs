@@ -30,17 +30,21 @@ fn small(learner: Learner) -> MetaModel {
     MetaModel::new(Backbone::conv4(4, 2).unwrap(), learner, [16, 16], 2).unwrap()
 }
 
-/// The outer loss in `f64` at `values`, and its gradient.
+/// Images of the task: support and queries, of three classes.
+fn task_images() -> [Tensor; 2] {
+    [(6, 0), (9, 1)].map(|(n, index)| {
+        double(noise(n * 3 * 256, index), &[n, 3, 16, 16]).affine(0.2, 0.5).unwrap()
+    })
+}
+
+/// The outer loss in `f64` at `values`, parameters and then the images, and its gradient.
 fn outer(model: &MetaModel, values: &[Tensor], order: Order) -> (f64, Vec<Tensor>) {
     let tape = Tape::new();
     let leaves: Vec<Var> = values.iter().map(|value| tape.leaf(value.clone())).collect();
-    let images = |n: usize, index| {
-        tape.constant(double(noise(n * 3 * 256, index), &[n, 3, 16, 16]).affine(0.2, 0.5).unwrap())
-    };
-    let (support, query) = (images(6, 0), images(9, 1));
+    let (parameters, images) = leaves.split_at(leaves.len() - 2);
     let labels = [0, 0, 1, 1, 2, 2];
-    let task = Task { support: &support, labels: &labels, query: &query, way: 3 };
-    let answer = model.answer(&leaves, task, 3, order, BnMode::Batch).unwrap();
+    let task = Task { support: &images[0], labels: &labels, query: &images[1], way: 3 };
+    let answer = model.answer(parameters, task, 3, order, BnMode::Batch).unwrap();
     let loss = answer.logits.cross_entropy(&[0, 0, 0, 1, 1, 1, 2, 2, 2]).unwrap();
     let gradients = grad(&loss, &leaves.iter().collect::<Vec<_>>(), Order::First).unwrap();
     (loss.scalar().unwrap(), gradients.iter().map(|g| g.value().clone()).collect())
@@ -56,8 +60,11 @@ fn inner_product(a: &[Tensor], b: &[Tensor]) -> f64 {
 fn outer_gradients_through_the_inner_loop_are_those_of_central_differences() {
     for learner in [Learner::ProtoNet, Learner::Anil(INNER), Learner::Maml(INNER)] {
         let model = small(learner);
-        let values: Vec<Tensor> =
-            model.parameters().map(|p| p.value.to_dtype(DType::F64).unwrap()).collect();
+        let values: Vec<Tensor> = model
+            .parameters()
+            .map(|p| p.value.to_dtype(DType::F64).unwrap())
+            .chain(task_images())
+            .collect();
         let (_, exact) = outer(&model, &values, Order::Higher);
         let mut good = 0;
         for attempt in 0..4 {

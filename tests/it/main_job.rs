@@ -43,8 +43,9 @@ fn train(dir: &Path, out: &str, more: &[&str]) -> crate::support::Ran {
 /// The bytes of everything in a run folder that must not depend on time or threads.
 fn bytes_of_run(run: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut found = BTreeMap::new();
-    for folder in ["bank", "ckpt"] {
-        for entry in std::fs::read_dir(run.join(folder)).unwrap() {
+    let folders = ["bank", "ckpt", "pixels"].map(|name| run.join(name));
+    for folder in folders.iter().filter(|folder| folder.exists()) {
+        for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
             let name = path.strip_prefix(run).unwrap().display().to_string();
             found.insert(name, std::fs::read(path).unwrap());
@@ -74,10 +75,40 @@ fn the_same_seed_gives_the_same_bytes_for_any_number_of_jobs() {
 
 #[test]
 fn a_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one() {
+    kill_and_resume(&[]);
+}
+
+/// With so little memory that the images of one model are always on disk.
+#[test]
+fn a_killed_run_with_moving_images_resumes_to_the_bytes_of_an_uninterrupted_one() {
+    let dir = kill_and_resume(&[
+        "--method=purer",
+        "-s",
+        "curriculum.memory_mib=0",
+        "-s",
+        "curriculum.candidates=1",
+        "-s",
+        "curriculum.warm_up=4",
+        "-s",
+        "curriculum.patience=2",
+    ]);
+    let log = std::fs::read_to_string(dir.path().join("whole/events.jsonl")).unwrap();
+    let events = log.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let hard: Vec<Value> = events.filter(|event| event["stage"] == "harden").collect();
+    assert!(hard.len() > 3, "{log}");
+    assert_eq!(hard[0]["step"], 4);
+    let climbed = hard.iter().filter(|e| e["after"].as_f64() > e["before"].as_f64()).count();
+    assert!(10 * climbed >= 8 * hard.len(), "harder {climbed} of {} times", hard.len());
+}
+
+fn kill_and_resume(more: &[&str]) -> tempfile::TempDir {
     let dir = temp_dir();
     small_zoo(dir.path(), &CONV4);
-    let settings = ["-s", "meta.steps=40", "-s", "meta.checkpoint_every=5"];
-    assert_eq!(train(dir.path(), "whole", &settings).code, 0);
+    let mut settings = vec!["-s", "meta.steps=40", "-s", "meta.checkpoint_every=5"];
+    settings.extend(more);
+    let settings = settings.as_slice();
+    let whole = train(dir.path(), "whole", settings);
+    assert_eq!(whole.code, 0, "{}", whole.stderr);
     let mut args = vec!["train", "zoo", "--out", "killed", "--json"];
     args.extend(QUICK);
     args.extend(settings);
@@ -104,6 +135,7 @@ fn a_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one() {
         bytes
     };
     assert!(run("whole") == run("killed"), "resuming changed the bytes");
+    dir
 }
 
 #[test]

@@ -123,14 +123,15 @@ impl RunConfig {
         }
         let white = &self.recover.white_box;
         let weights = [
-            ("statistics_weight", white.statistics_weight),
-            ("lent_factor", white.lent_factor),
-            ("total_variation_weight", white.total_variation_weight),
-            ("l2_weight", white.l2_weight),
+            ("recover.white_box.statistics_weight", white.statistics_weight),
+            ("recover.white_box.lent_factor", white.lent_factor),
+            ("recover.white_box.total_variation_weight", white.total_variation_weight),
+            ("recover.white_box.l2_weight", white.l2_weight),
+            ("curriculum.weight", self.curriculum.weight),
         ];
         if let Some((name, value)) = weights.iter().find(|(_, v)| !(v.is_finite() && *v >= 0.0)) {
             return Err(Error::input(format!(
-                "`recover.white_box.{name}` must be 0 or a positive number: `{value}`"
+                "`{name}` must be 0 or a positive number: `{value}`"
             )));
         }
         if self.eval.as_ref().is_some_and(|eval| eval.data.as_os_str().is_empty()) {

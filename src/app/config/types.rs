@@ -25,6 +25,8 @@ pub struct RunConfig {
     pub recover: RecoverConfig,
     /// Meta-training on the recovered images.
     pub meta: MetaConfig,
+    /// How the images move in meta-training, of method `purer`.
+    pub curriculum: CurriculumConfig,
     /// Evaluation after training; null skips it.
     pub eval: Option<EvalConfig>,
     /// What `run` exports.
@@ -38,6 +40,9 @@ pub enum Method {
     /// Plain inversion: pixels (white-box) or a generator (black-box), then a ProtoNet on what was
     /// recovered.
     Inversion,
+    /// PURER's episode curriculum inversion: after that inversion the images go on moving while the meta-model learns
+    /// from them, and get harder when it stops improving.
+    Purer,
 }
 
 impl Method {
@@ -45,6 +50,7 @@ impl Method {
     pub fn name(self) -> &'static str {
         match self {
             Self::Inversion => "inversion",
+            Self::Purer => "purer",
         }
     }
 }
@@ -192,6 +198,24 @@ pub struct MetaConfig {
     pub checkpoint_every: u64,
 }
 
+/// Episode curriculum inversion (PURER sec. 3.2).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct CurriculumConfig {
+    /// White-box models whose images take an inversion step after each step of meta-training.
+    pub candidates: usize,
+    /// Adam's learning rate in these steps, in units of the canonical image's range.
+    pub learning_rate: f64,
+    /// Weight of the outer loss when images are made harder; 0 for inversion alone.
+    pub weight: f32,
+    /// Steps of meta-training before images are first made harder.
+    pub warm_up: u64,
+    /// Steps without a better accuracy after which they are again.
+    pub patience: u64,
+    /// Memory for moving images and their optimisers, MiB; what does not fit is on disk.
+    pub memory_mib: usize,
+}
+
 /// The embedding network (methods.md 1.3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -336,6 +360,7 @@ impl Default for RunConfig {
             max_models: None,
             recover: RecoverConfig::default(),
             meta: MetaConfig::default(),
+            curriculum: CurriculumConfig::default(),
             eval: None,
             export: vec![ExportForm::Embedding, ExportForm::Episode],
         }
@@ -405,6 +430,19 @@ impl Default for MetaConfig {
             cross_model_share: 1.0,
             augmentation: AugmentationConfig::default(),
             checkpoint_every: 100,
+        }
+    }
+}
+
+impl Default for CurriculumConfig {
+    fn default() -> Self {
+        Self {
+            candidates: 2,
+            learning_rate: 0.0125,
+            weight: 10.0,
+            warm_up: 200,
+            patience: 6,
+            memory_mib: 1024,
         }
     }
 }

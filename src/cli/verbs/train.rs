@@ -43,6 +43,7 @@ pub(crate) struct TrainArgs {
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum MethodName {
     Inversion,
+    Purer,
 }
 
 /// Trains and prints what came of it.
@@ -56,6 +57,7 @@ pub(crate) fn run(args: &TrainArgs, settings: &Settings, printer: &Printer) -> R
     if let Some(method) = args.method {
         config.method = match method {
             MethodName::Inversion => Method::Inversion,
+            MethodName::Purer => Method::Purer,
         };
     }
     if let Some(zoo) = &args.zoo {

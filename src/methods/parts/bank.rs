@@ -133,6 +133,12 @@ impl ImageBank {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+
+    /// Model of a class, and the position of its image `index` among the model's.
+    pub fn position(&self, class: usize, index: usize) -> (usize, usize) {
+        let (model, images) = &self.classes[class];
+        (*model, images[index])
+    }
 }
 
 impl ClassSource for ImageBank {
@@ -153,9 +159,9 @@ impl ClassSource for ImageBank {
     }
 
     fn read(&self, class: usize, index: usize, pixels: &mut [f32]) -> Result<()> {
-        let (model, images) = &self.classes[class];
-        let model = &self.models[*model];
-        let start = images[index] * model.stride();
+        let (model, image) = self.position(class, index);
+        let model = &self.models[model];
+        let start = image * model.stride();
         let bytes = &model.pixels[start..start + model.stride()];
         pixels.iter_mut().zip(bytes).for_each(|(p, &b)| *p = f32::from(b) / 255.0);
         Ok(())

@@ -1,10 +1,13 @@
-//! The pieces methods are made of: losses on logits, image priors, the generator, the image bank.
+//! The pieces methods are made of: losses on logits, image priors, the generator, the image bank,
+//! the dynamic dataset.
 
 pub mod bank;
+pub mod dynamic;
 pub mod generator;
 pub mod losses;
 pub mod priors;
 
 pub use bank::{ImageBank, ModelImages};
+pub use dynamic::DynamicSet;
 pub use generator::Generator;
 pub use losses::CrossEntropy;
