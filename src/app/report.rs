@@ -14,7 +14,7 @@ use crate::report::{Event, Series, line_plot};
 use crate::zoo::Access;
 
 /// The stages of a run in order.
-const STAGES: [&str; 5] = ["ingest", "recover", "meta", "eval", "export"];
+const STAGES: [&str; 7] = ["ingest", "recover", "meta", "move", "harden", "eval", "export"];
 
 /// What `report` wrote.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

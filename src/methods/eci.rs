@@ -15,7 +15,7 @@ use super::parts::{CrossEntropy, DynamicSet};
 use super::recover::Opener;
 use crate::access::Teacher;
 use crate::error::{Error, ErrorKind, Result};
-use crate::meta::{Iteration, Trainer};
+use crate::meta::{Iteration, Limits, StopReason, Trainer};
 use crate::tensor::{RngStream, TensorStore};
 
 /// Teachers kept open at once.
@@ -156,7 +156,8 @@ impl<'a> Eci<'a> {
     pub fn after(&mut self, trainer: &Trainer, iteration: &Iteration) -> Result<EciStep> {
         let config = &self.config;
         let (step, seed) = (iteration.step, config.seed);
-        let harder = self.feedback.tell(config, step, iteration.accuracy) && config.weight > 0.0;
+        let stalled = self.feedback.tell(config, step, iteration.accuracy);
+        let harder = stalled && config.weight > 0.0 && !self.moving.is_empty();
         let mut rng = RngStream::new(seed, "eci", "candidates", step);
         let count = config.candidates.min(self.moving.len());
         let mut work: Vec<(usize, Option<Vec<f32>>)> = (rng.sample(self.moving.len(), count))
@@ -213,8 +214,7 @@ impl<'a> Eci<'a> {
         &mut self,
         trainer: &mut Trainer,
         observe: &mut dyn FnMut(&Self, &Trainer, &Iteration, EciStep) -> ControlFlow<()>,
-    ) -> Result<crate::meta::StopReason> {
-        use crate::meta::{Limits, StopReason};
+    ) -> Result<StopReason> {
         let one = Limits { steps: Some(1), time: None };
         loop {
             let mut last = None;

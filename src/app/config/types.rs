@@ -438,7 +438,7 @@ impl Default for CurriculumConfig {
     fn default() -> Self {
         Self {
             candidates: 2,
-            learning_rate: 0.0125,
+            learning_rate: 0.002,
             weight: 10.0,
             warm_up: 200,
             patience: 6,
