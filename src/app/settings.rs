@@ -112,6 +112,13 @@ pub fn untrained_model(config: &RunConfig) -> Result<MetaModel> {
         BackboneName::ResNet12 => Architecture::ResNet12,
         BackboneName::ResNet18 => Architecture::ResNet18,
     };
+    let backbone = Backbone::new(architecture, config.seed)?;
+    MetaModel::new(backbone, learner(config), config.image_size, config.seed)
+}
+
+/// The few-shot rule.
+pub fn learner(config: &RunConfig) -> Learner {
+    let meta = &config.meta;
     let inner = InnerLoop {
         train_steps: meta.inner.train_steps,
         test_steps: meta.inner.test_steps,
@@ -121,13 +128,11 @@ pub fn untrained_model(config: &RunConfig) -> Result<MetaModel> {
             InnerOrder::First => meta::InnerOrder::First,
         },
     };
-    let learner = match meta.learner {
+    match meta.learner {
         LearnerName::ProtoNet => Learner::ProtoNet,
         LearnerName::Anil => Learner::Anil(inner),
         LearnerName::Maml => Learner::Maml(inner),
-    };
-    let backbone = Backbone::new(architecture, config.seed)?;
-    MetaModel::new(backbone, learner, config.image_size, config.seed)
+    }
 }
 
 /// How the meta-model is trained.

@@ -4,6 +4,7 @@
 //! [`Trainer`] meta-trains on episodes drawn from any [`ClassSource`] (in a run: the bank of recovered
 //! images). Nothing here knows where images come from or how models are reached.
 
+pub mod adapt;
 mod architectures;
 pub mod augment;
 pub mod backbone;
@@ -13,6 +14,7 @@ pub mod learner;
 pub mod protonet;
 pub mod train;
 
+pub use adapt::{Classifier, SupportImages};
 pub use architectures::Architecture;
 pub use augment::{Augmentation, ColourMap, ShiftEdge};
 pub use backbone::{Backbone, BnMode};

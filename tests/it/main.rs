@@ -3,6 +3,7 @@
 #![allow(clippy::print_stderr, unreachable_pub)]
 
 mod access;
+mod adapt;
 mod architectures;
 mod black;
 mod cli;
