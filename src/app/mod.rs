@@ -5,6 +5,7 @@
 //! calls these functions.
 
 pub mod adapt;
+pub mod baselines;
 pub mod config;
 pub mod context;
 pub mod doctor;

@@ -65,7 +65,8 @@ pub fn run(context: &Context, options: &TrainOptions) -> Result<RunResult> {
                 shape,
                 episodes: eval.episodes,
                 batch_norm: BatchNorm::Inductive,
-                baselines: Baselines::All,
+                baselines: Baselines::Simple,
+                real_data: None,
             };
             evaluations.push(evaluate_target(run.path(), &options, context)?);
         }

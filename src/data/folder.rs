@@ -11,7 +11,7 @@ use walkdir::WalkDir;
 use super::decode::read_picture;
 use super::resize::resize_bilinear;
 use super::set::ImageSet;
-use crate::error::{Error, Result, ResultExt};
+use crate::error::{Error, Result};
 use crate::zoo::Rejection;
 
 /// Extensions that are read, lower case.

@@ -114,7 +114,7 @@ impl MetaModel {
     /// within 1 / sqrt(d) as PyTorch's linear layer, its offset 0.
     ///
     /// # Errors
-    /// When the images are too small for the backbone.
+    /// When the images are too small for the backbone, or it has no second derivative and MAML asks for it.
     pub fn new(
         backbone: Backbone,
         learner: Learner,
@@ -122,6 +122,13 @@ impl MetaModel {
         seed: u64,
     ) -> Result<Self> {
         let dim = backbone.embedding_dim(height, width)?;
+        if matches!(learner, Learner::Maml(inner) if inner.order == InnerOrder::Second)
+            && let Some(node) = backbone.first_order_node([height, width])?
+        {
+            return Err(Error::unsupported(format!("{node} has no second derivative here"))
+                .context("MAML of second order cannot train this backbone")
+                .hint("set `meta.inner.order: first`, or `meta.learner: anil` or `protonet`"));
+        }
         let mut head = Vec::new();
         if learner != Learner::ProtoNet {
             let mut rng = RngStream::new(seed, "initialise", "head.weight", 0);

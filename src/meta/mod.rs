@@ -11,6 +11,7 @@ pub mod backbone;
 pub mod episodes;
 pub mod export;
 pub mod learner;
+mod onnx_file;
 pub mod protonet;
 pub mod train;
 

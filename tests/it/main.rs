@@ -5,6 +5,7 @@
 mod access;
 mod adapt;
 mod architectures;
+mod backbone_files;
 mod black;
 mod cli;
 mod contrib;

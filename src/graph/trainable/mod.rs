@@ -14,6 +14,7 @@ mod parameters;
 use std::collections::BTreeMap;
 
 use crate::error::{Error, Result};
+use crate::graph::plan::Differentiable;
 use crate::tensor::tape::{BatchStatistics, Float, Var};
 
 pub use parameters::free_constants;
@@ -80,6 +81,23 @@ impl<T: Float> Trainable<T> {
     /// The normalisation layers, in order.
     pub fn norms(&self) -> &[NormLayer] {
         &self.norms
+    }
+
+    /// The first node that a weight's gradient goes through and that has a first derivative only.
+    pub fn first_order_node(&self) -> Option<&str> {
+        let mut live = vec![false; self.values];
+        for (id, _) in &self.parameters {
+            live[*id] = true;
+        }
+        for instruction in &self.program {
+            let reads = instruction.reads();
+            let smooth = reads.iter().any(|(id, flow)| live[*id] && *flow == Differentiable::Yes);
+            if smooth && matches!(instruction, Instruction::Step { .. }) {
+                return Some(instruction.name());
+            }
+            live[instruction.output()] |= smooth;
+        }
+        None
     }
 
     /// Runs on `input`, of the shape compiled for, with `parameters` in the order they were named in;
