@@ -167,7 +167,7 @@ fn what_cannot_be_adapted_to_is_one_clear_error_and_leaves_nothing() {
         (&["good", "--out", "nowhere/a.onnx"], 1, "no folder `nowhere`"),
         (&["good", "--out", "mine.onnx"], 1, "no sidecar: `mine.yaml`"),
         (&["nothing", "--out", "a.onnx"], 1, "nothing"),
-        (&["good", "--out", "a.onnx", "--ort-lib", "no-library.so"], 1, "no-library.so"),
+        (&["good", "--out", "a.onnx", "--ort-lib", "no-library.so"], 2, "no-library.so"),
     ];
     for (args, code, words) in cases {
         let ran = run_in(here.path(), &[&["adapt", "r"], args].concat());
@@ -193,9 +193,11 @@ fn a_learner_that_diverged_makes_no_classifier() {
 }
 
 #[test]
-fn real_images_of_new_classes_are_recognised_by_an_untrained_networks_prototypes() {
+fn real_images_of_new_classes_are_recognised_by_the_features_of_one_model() {
     let here = temp_dir();
-    let network = Backbone::conv4(16, 2).unwrap();
+    // A classifier of five other characters.
+    let file = repository().join("zoo/ss_028_glyphs_conv4_32.onnx");
+    let network = Backbone::from_onnx(&file, [32, 32]).unwrap();
     run_of(&here.path().join("r"), &network.into(), [32, 32]);
     let data = repository().join("zoo/images/glyphs");
     let data = data.to_str().unwrap();
@@ -205,5 +207,5 @@ fn real_images_of_new_classes_are_recognised_by_an_untrained_networks_prototypes
     let result: Value = serde_json::from_str(&ran.stdout).unwrap();
     let way = result["way"].as_f64().unwrap();
     let held_out = result["held_out_accuracy"].as_f64().unwrap();
-    assert!(held_out > 1.5 / way, "no better than chance: {result}");
+    assert!(held_out > 3.0 / way, "hardly better than chance: {result}");
 }

@@ -48,8 +48,8 @@ pub(super) enum Native {
     MatMul,
     /// A matrix transposed.
     Transpose,
-    /// Means of planes: `[N, C, H, W]` to `[N, C]`.
-    PlaneMeans,
+    /// Means over these axes, which are dropped.
+    Means(Vec<usize>),
     /// Means of square blocks.
     BlockMeans(usize),
     /// Maxima of square blocks.
@@ -218,7 +218,7 @@ impl Native {
             Self::Div => x.div(&inputs[1]),
             Self::MatMul => x.matmul(&inputs[1]),
             Self::Transpose => x.transpose(0, 1),
-            Self::PlaneMeans => x.mean(&[2, 3], KeepDims::Drop),
+            Self::Means(axes) => x.mean(axes, KeepDims::Drop),
             Self::BlockMeans(side) => x.avg_pool2d(*side),
             Self::BlockMaxima(side) => x.max_pool2d(*side),
             Self::Concat(axis) => Var::concat(&inputs.iter().collect::<Vec<_>>(), *axis),
