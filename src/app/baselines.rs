@@ -170,11 +170,12 @@ fn average(run: &RunFolder, config: &RunConfig, context: &Context) -> Result<(Ba
     }
     let zoo = Zoo::open(config)?;
     let stage = context.progress.stage("average", Some(models.len() as u64));
-    let backbone = Backbone::average(models.iter().map(|model| {
+    let networks = models.iter().map(|model| {
         context.check_interrupt()?;
         stage.advance(1);
         Ok((model.id.clone(), zoo.network(model, config.image_size)?))
-    }))?;
+    });
+    let backbone = Backbone::average(networks, config.image_size)?;
     Ok((backbone, format!("{} models", models.len())))
 }
 

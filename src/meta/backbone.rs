@@ -137,9 +137,13 @@ impl Backbone {
         &self.running
     }
 
-    /// The network as it was compiled: not with the weights of now.
-    pub(super) fn graph(&self) -> &Graph {
-        &self.graph
+    /// What it computes but for its weights ([`Trainable::structure`]), for images of `[height, width]`.
+    ///
+    /// # Errors
+    /// As [`Backbone::embedding_dim`].
+    pub(super) fn structure(&self, [height, width]: [usize; 2]) -> Result<Vec<String>> {
+        let program = self.cached(&self.compiled.single, &[1, CHANNELS, height, width])?;
+        Ok(program.structure())
     }
 
     /// Values of all parameters, then of all running means and variances.
@@ -158,7 +162,7 @@ impl Backbone {
         let mut values = values.into_iter();
         let mut next = || values.next().ok_or_else(|| Error::internal("too few numbers"));
         for parameter in &mut self.parameters {
-            parameter.value = tensor(next()?, &parameter.value.dims().to_vec())?;
+            parameter.value = tensor(next()?, parameter.value.dims())?;
         }
         for running in &mut self.running {
             running.mean = next()?;
@@ -172,11 +176,8 @@ impl Backbone {
     /// # Errors
     /// When nothing is left of so small an image.
     pub fn embedding_dim(&self, height: usize, width: usize) -> Result<usize> {
-        let trainable = self.program(DType::F32, &[1, CHANNELS, height, width])?;
-        match trainable {
-            Program::Single(program) => Ok(program.output_shape().iter().skip(1).product()),
-            Program::Double(_) => Err(Error::internal("asked for single precision")),
-        }
+        let program = self.cached(&self.compiled.single, &[1, CHANNELS, height, width])?;
+        Ok(program.output_shape().iter().skip(1).product())
     }
 
     /// The first node that a weight's gradient goes through and that has a first derivative only, for
@@ -185,10 +186,8 @@ impl Backbone {
     /// # Errors
     /// As [`Backbone::embedding_dim`].
     pub fn first_order_node(&self, [height, width]: [usize; 2]) -> Result<Option<String>> {
-        match self.program(DType::F32, &[1, CHANNELS, height, width])? {
-            Program::Single(program) => Ok(program.first_order_node().map(str::to_owned)),
-            Program::Double(_) => Err(Error::internal("asked for single precision")),
-        }
+        let program = self.cached(&self.compiled.single, &[1, CHANNELS, height, width])?;
+        Ok(program.first_order_node().map(str::to_owned))
     }
 
     /// The parameters as variables of a tape.

@@ -121,16 +121,21 @@ impl Backbone {
     /// which are for other classes each (methods.md 1.7, "Average").
     ///
     /// # Errors
-    /// When there is none, one cannot be opened, or two differ in more than their weights.
-    pub fn average(mut networks: impl Iterator<Item = Result<(String, Self)>>) -> Result<Self> {
+    /// When there is none, one cannot be opened, or two compute something else for images of `image_size` (how
+    /// they were exported does not matter).
+    pub fn average(
+        mut networks: impl Iterator<Item = Result<(String, Self)>>,
+        image_size: [usize; 2],
+    ) -> Result<Self> {
         let (first, mut own) = networks
             .next()
             .unwrap_or_else(|| Err(Error::input("there is no network to average")))?;
+        let structure = own.structure(image_size)?;
         let mut sums: Vec<Vec<f64>> = own.numbers()?;
         let mut count = 1.0;
         for network in networks {
             let (name, other) = network?;
-            if !own.has_architecture_of(&other) {
+            if other.structure(image_size)? != structure {
                 return Err(Error::unsupported(format!(
                     "the models are of several architectures: `{first}` and `{name}`"
                 )));
@@ -143,27 +148,6 @@ impl Backbone {
         let mean = |sum: Vec<f64>| sum.into_iter().map(|sum| (sum / count) as f32).collect();
         own.set_numbers(sums.into_iter().map(mean).collect())?;
         Ok(own)
-    }
-
-    /// Whether two networks do the same with weights of the same shapes. Names may differ.
-    fn has_architecture_of(&self, other: &Self) -> bool {
-        let shape = |network: &Self| {
-            let graph = network.graph();
-            let nodes: Vec<_> =
-                graph.nodes.iter().map(|n| (n.op_type.clone(), n.attributes.clone())).collect();
-            let weights: Vec<Vec<usize>> =
-                network.parameters().iter().map(|p| p.value.dims().to_vec()).collect();
-            let images = |name: &&String| name.starts_with("images.");
-            let prepared: Vec<_> = graph
-                .constants
-                .keys()
-                .filter(images)
-                .map(|name| graph.constants[name].clone())
-                .collect();
-            let channels: Vec<usize> = network.running().iter().map(|r| r.mean.len()).collect();
-            (nodes, weights, prepared, channels)
-        };
-        shape(self) == shape(other)
     }
 
     /// `graph` from canonical images to the embedding.

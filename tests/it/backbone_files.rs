@@ -214,11 +214,36 @@ fn exact_second_order_on_an_operator_without_it_names_the_node() {
     }
 }
 
+#[test]
+fn the_mean_of_models_is_that_of_their_weights_however_they_were_exported() {
+    let size = [32, 32];
+    let open = |name: &str| (name.to_owned(), Backbone::from_onnx(&bundled(name), size).unwrap());
+    // Two exporters: other names, and shapes computed in one file and fixed in the other.
+    let (a, b) = (open("ss_001_glyphs_conv4_32"), open("ss_028_glyphs_conv4_32"));
+    let mean = Backbone::average([a.clone(), b.clone()].into_iter().map(Ok), size).unwrap();
+    let values = |network: &Backbone| -> Vec<f32> {
+        let own = network.parameters().iter();
+        let weights = own.flat_map(|p| p.value.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+        let running = network.running().iter().flat_map(|r| [r.mean.clone(), r.variance.clone()]);
+        weights.chain(running.flatten()).collect()
+    };
+    let (left, right) = (values(&a.1), values(&b.1));
+    let expected: Vec<f32> = left.iter().zip(&right).map(|(a, b)| 0.5 * (a + b)).collect();
+    close(&values(&mean), &expected, 1e-6, "mean");
+    let x = images(2, size);
+    let alone = Backbone::average(std::iter::once(Ok(a.clone())), size).unwrap();
+    let embed = |network: &Backbone| network.embed(&x, BnMode::Running).unwrap();
+    assert_eq!(embed(&alone), embed(&a.1));
+    let other = open("mh_003_glyphs_resnet10");
+    let error = Backbone::average([a, other].into_iter().map(Ok), size).unwrap_err();
+    assert!(error.to_string().contains("several architectures"), "{error}");
+}
+
 /// A zoo of two Conv4 models and a backbone file beside it.
 fn set_up(dir: &Path, backbone: &str) {
     std::fs::create_dir(dir.join("zoo")).unwrap();
     let from = repository().join("zoo");
-    for name in ["ss_001_glyphs_conv4_32", "ss_011_glyphs_conv4_32"] {
+    for name in ["ss_001_glyphs_conv4_32", "ss_028_glyphs_conv4_32"] {
         for extension in ["onnx", "yaml"] {
             let file = format!("{name}.{extension}");
             std::fs::copy(from.join(&file), dir.join("zoo").join(&file)).unwrap();

@@ -100,6 +100,23 @@ impl<T: Float> Trainable<T> {
         None
     }
 
+    /// What is computed from what, a line an instruction, with the values of small constants but not of weights:
+    /// the same for two files of one architecture, however they were exported and named.
+    pub fn structure(&self) -> Vec<String> {
+        let mut number: BTreeMap<usize, usize> = BTreeMap::new();
+        let starts = std::iter::once(self.input.0).chain(self.parameters.iter().map(|p| p.0));
+        for id in starts {
+            number.insert(id, number.len());
+        }
+        let mut lines: Vec<String> =
+            self.parameters.iter().map(|(_, shape)| format!("weight {shape:?}")).collect();
+        for instruction in &self.program {
+            lines.push(instruction.describe(&number));
+            number.insert(instruction.output(), number.len());
+        }
+        lines
+    }
+
     /// Runs on `input`, of the shape compiled for, with `parameters` in the order they were named in;
     /// all on one tape.
     ///
