@@ -93,6 +93,11 @@ impl Rivals {
         Ok(())
     }
 
+    /// The networks as evaluation takes them.
+    pub fn embedders(&self) -> Vec<(&'static str, &dyn Embedder)> {
+        self.models.iter().map(|(name, model)| (*name, model as &dyn Embedder)).collect()
+    }
+
     fn take(
         &mut self,
         name: &'static str,
@@ -372,12 +377,5 @@ fn real_data(
         StopReason::Diverged => Err(Error::internal("training diverges on them")
             .hint("lower `meta.learning_rate` in a run of its own")),
         _ => Ok((ModelEmbedder::new(trainer.model().clone(), config.image_size)?, note)),
-    }
-}
-
-impl Rivals {
-    /// The networks as evaluation takes them.
-    pub fn embedders(&self) -> Vec<(&'static str, &dyn Embedder)> {
-        self.models.iter().map(|(name, model)| (*name, model as &dyn Embedder)).collect()
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! A [`Backbone`] embeds images, [`protonet`] classifies queries by the distance to the class means,
 //! [`Trainer`] meta-trains on episodes drawn from any [`ClassSource`] (in a run: the bank of recovered
-//! images). Nothing here knows where images come from or how models are reached.
+//! images). A backbone is one of ours or comes from a classifier's ONNX file; [`MetaModel::adapt`] makes an
+//! ordinary [`Classifier`] of a learner. Nothing here knows where images come from or how teachers are reached.
 
 pub mod adapt;
 mod architectures;

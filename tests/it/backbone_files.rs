@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 use metazoa::access::session::Tensor as Values;
 use metazoa::access::{Surrogate, Teacher, WhiteTeacher};
 use metazoa::graph::{ConstantTensor, DataType, Dimension, Graph, Node, Port};
+use metazoa::meta::learner::Task;
 use metazoa::meta::{Backbone, BnMode, InnerLoop, InnerOrder, Learner, MetaModel};
 use metazoa::onnx::{self, ExportInfo};
+use metazoa::tensor::tape::{Order, Tape, Var, grad};
 use metazoa::tensor::{Images, RngStream, TensorStore};
 use metazoa::zoo::facts::GraphIndex;
 use metazoa::zoo::read::read_file;
@@ -237,6 +239,40 @@ fn the_mean_of_models_is_that_of_their_weights_however_they_were_exported() {
     let other = open("mh_003_glyphs_resnet10");
     let error = Backbone::average([a, other].into_iter().map(Ok), size).unwrap_err();
     assert!(error.to_string().contains("several architectures"), "{error}");
+}
+
+#[test]
+fn second_order_goes_through_a_file_whose_images_are_resized() {
+    let inner =
+        InnerLoop { train_steps: 2, test_steps: 2, learning_rate: 0.05, order: InnerOrder::Second };
+    let size = [40, 36];
+    let network = Backbone::from_onnx(&bundled("ss_001_glyphs_conv4_32"), size).unwrap();
+    let model = MetaModel::new(network, Learner::Maml(inner), size, 1).unwrap();
+    let gradients = |order| -> Vec<f32> {
+        let tape = Tape::new();
+        let leaves = model.leaves(&tape);
+        let picture = |n: usize| {
+            let images = images(n, size);
+            let shape = images.shape();
+            let value = candle_core::Tensor::from_vec(
+                images.into_data(),
+                &shape,
+                &candle_core::Device::Cpu,
+            );
+            tape.constant(value.unwrap())
+        };
+        let (support, query) = (picture(4), picture(6));
+        let task = Task { support: &support, labels: &[0, 0, 1, 1], query: &query, way: 2 };
+        let answer = model.answer(&leaves, task, 2, order, BnMode::Batch).unwrap();
+        let loss = answer.logits.cross_entropy(&[0, 0, 0, 1, 1, 1]).unwrap();
+        let found = grad(&loss, &leaves.iter().collect::<Vec<_>>(), Order::First).unwrap();
+        let values = |g: &Var| g.value().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        found.iter().flat_map(values).collect()
+    };
+    let (exact, first) = (gradients(Order::Higher), gradients(Order::First));
+    let norm = |v: &[f32]| v.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+    let gap: Vec<f32> = exact.iter().zip(&first).map(|(a, b)| a - b).collect();
+    assert!(norm(&exact).is_finite() && norm(&gap) > 1e-3 * norm(&exact), "{}", norm(&gap));
 }
 
 /// A zoo of two Conv4 models and a backbone file beside it.
