@@ -51,9 +51,10 @@ fn main() -> Result<()> {
         shape: EpisodeShape { way: 5, shot: 5, query: 15 },
         episodes: 200,
         batch_norm: BatchNorm::Inductive,
-        baselines: Baselines::All,
+        baselines: Baselines::Simple,
+        real_data: None,
     };
-    let (result, _) = evaluate(&committee, None, &options, &context)?;
+    let (result, _) = evaluate(&committee, &[], &options, &context)?;
     println!("{} models: {:.3} +- {:.3}", committee.0.len(), result.accuracy, result.ci95);
     result
         .baselines

@@ -129,7 +129,7 @@ impl ModelEmbedder {
     /// When the run's settings are damaged.
     pub fn untrained(run: &RunFolder) -> Result<Self> {
         let config = run.config()?;
-        Self::new(settings::untrained_model(&config)?, config.image_size)
+        Self::new(settings::starting_model(run, &config)?, config.image_size)
     }
 }
 

@@ -13,6 +13,7 @@ use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::baselines::Rivals;
 use super::context::Context;
 use super::embedder::{BatchNorm, Embedder, Labelled, ModelEmbedder, OnnxEmbedder, Rule};
 use super::run_folder::RunFolder;
@@ -32,7 +33,9 @@ const CHUNK: usize = 64;
 pub enum Baselines {
     /// None.
     Skip,
-    /// Nearest pixel neighbour, pixel prototype, and the untrained network where it is given.
+    /// Nearest pixel neighbour, pixel prototype, and the run's untrained network.
+    Simple,
+    /// Also the mean of the zoo's models and the best of them.
     All,
 }
 
@@ -51,6 +54,8 @@ pub struct EvalOptions {
     pub batch_norm: BatchNorm,
     /// Baselines on the same episodes.
     pub baselines: Baselines,
+    /// Real training images for the upper bound: the run's learner, trained on them.
+    pub real_data: Option<PathBuf>,
 }
 
 /// The result of an evaluation; accuracies in 0..1.
@@ -87,10 +92,13 @@ pub struct EvalResult {
     /// What the same episodes give without the trained model.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub baselines: BTreeMap<String, BaselineResult>,
+    /// Baselines that do not apply, and why.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub baselines_left_out: BTreeMap<String, String>,
 }
 
 /// A baseline's accuracy, and what the model gains over it on the same episodes.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct BaselineResult {
     /// Mean accuracy.
     pub accuracy: f64,
@@ -100,6 +108,9 @@ pub struct BaselineResult {
     pub gain: f64,
     /// Paired 95 % interval of the gain.
     pub gain_ci95: f64,
+    /// What it was made from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
 }
 
 /// One episode's outcome: a line of `episodes.jsonl`.
@@ -124,13 +135,13 @@ pub struct EpisodeRow {
     pub baselines: BTreeMap<String, usize>,
 }
 
-/// Evaluates `model`; `untrained` is the same network before training, for the baseline.
+/// Evaluates `model`; `rivals` are other networks that answer the same episodes, by name.
 ///
 /// # Errors
 /// When the images cannot carry the episodes, the model fails, or the user interrupts.
 pub fn evaluate(
     model: &dyn Embedder,
-    untrained: Option<&dyn Embedder>,
+    rivals: &[(&'static str, &dyn Embedder)],
     options: &EvalOptions,
     context: &Context,
 ) -> Result<(EvalResult, Vec<EpisodeRow>)> {
@@ -147,7 +158,7 @@ pub fn evaluate(
     }
     let sampler = EpisodeSampler::new(&set, options.shape, context.seed, &folder.split)
         .context(|| format!("cannot evaluate on `{}`", folder.root.display()))?;
-    let rows = run_episodes(&Contest::new(model, untrained, options, &set, context)?, &sampler)?;
+    let rows = run_episodes(&Contest::new(model, rivals, options, &set, context)?, &sampler)?;
     let EpisodeShape { way, shot, query } = options.shape;
     let accuracies: Vec<f64> = rows.iter().map(|row| share(row.correct, row)).collect();
     let estimate = mean_with_ci(&accuracies);
@@ -167,6 +178,7 @@ pub fn evaluate(
         images: set.len(),
         rejected,
         baselines: baseline_results(&rows, &accuracies),
+        baselines_left_out: BTreeMap::new(),
     };
     Ok((result, rows))
 }
@@ -181,13 +193,33 @@ pub fn evaluate_target(
     context: &Context,
 ) -> Result<EvalResult> {
     if target.is_file() {
+        if options.real_data.is_some() {
+            return Err(Error::usage(
+                "`--real-data` trains as a run did, which an exported file does not tell",
+            )
+            .hint("evaluate the run folder"));
+        }
         let model = OnnxEmbedder::open(target)?;
-        return Ok(evaluate(&model, None, options, context)?.0);
+        return Ok(evaluate(&model, &[], options, context)?.0);
     }
     let run = RunFolder::open(target)?;
     let model = ModelEmbedder::trained(&run)?;
-    let untrained = ModelEmbedder::untrained(&run)?;
-    let (result, rows) = evaluate(&model, Some(&untrained), options, context)?;
+    let mut rivals = match options.baselines {
+        Baselines::Skip => Rivals::none(),
+        Baselines::Simple => Rivals::untrained(&run)?,
+        Baselines::All => Rivals::all(&run, context)?,
+    };
+    if let Some(folder) = &options.real_data {
+        let evaluated = ImageFolder::open(&options.data, options.split.as_deref())?;
+        rivals.add_real_data(&run, folder, &evaluated, context)?;
+    }
+    let (mut result, rows) = evaluate(&model, &rivals.embedders(), options, context)?;
+    for (name, note) in rivals.notes {
+        if let Some(baseline) = result.baselines.get_mut(&name) {
+            baseline.note = Some(note);
+        }
+    }
+    result.baselines_left_out = rivals.left_out;
     let name = file_name(&result);
     run.write(&format!("eval/{name}.episodes.jsonl"), rows_to_jsonl(&rows)?.as_bytes())?;
     let json = serde_json::to_vec_pretty(&result)
@@ -253,7 +285,7 @@ struct Contest<'a> {
 impl<'a> Contest<'a> {
     fn new(
         model: &'a dyn Embedder,
-        untrained: Option<&'a dyn Embedder>,
+        rivals: &[(&'static str, &'a dyn Embedder)],
         options: &EvalOptions,
         set: &'a ImageSet,
         context: &'a Context,
@@ -268,10 +300,10 @@ impl<'a> Contest<'a> {
             (Rule::NearestMean, BatchNorm::Transductive) => Ok(Features::PerEpisode { model }),
         };
         let mut baselines: Vec<(&'static str, Features<'a>, Nearest)> = Vec::new();
-        if options.baselines == Baselines::All {
-            if let Some(untrained) = untrained {
-                baselines.push(("untrained", features(untrained)?, nearest_prototype));
-            }
+        for (name, rival) in rivals {
+            baselines.push((name, features(*rival)?, nearest_prototype));
+        }
+        if options.baselines != Baselines::Skip {
             baselines.push(("pixel-nearest", Features::Pixels, nearest_neighbour));
             baselines.push(("pixel-prototype", Features::Pixels, nearest_prototype));
         }
@@ -416,6 +448,7 @@ fn baseline_results(rows: &[EpisodeRow], model: &[f64]) -> BTreeMap<String, Base
                 ci95: estimate.ci95,
                 gain: gain.accuracy,
                 gain_ci95: gain.ci95,
+                note: None,
             };
             (name.clone(), result)
         })

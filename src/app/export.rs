@@ -56,24 +56,40 @@ pub fn export_run(
     let config = run.config()?;
     let model = MetaModel::load(&run.latest_checkpoint()?)?;
     let graph = graph_of(&model, form, config.image_size)?;
-    let metadata = BTreeMap::from([
-        ("metazoa.form".to_owned(), form.name().to_owned()),
+    let metadata = metadata(form.name(), config.seed);
+    let (bytes, max_abs_diff_ort) = write_checked(out, &graph, metadata, |file| {
+        compare(&model, config.image_size, form, file, runtime)
+    })?;
+    Ok(ExportResult { path: out.into(), form, opset: graph.opset, bytes, max_abs_diff_ort })
+}
+
+/// What every file written by metazoa says of itself.
+pub(super) fn metadata(form: &str, seed: u64) -> BTreeMap<String, String> {
+    BTreeMap::from([
+        ("metazoa.form".to_owned(), form.to_owned()),
         ("metazoa.image_range".to_owned(), "[0, 1], RGB".to_owned()),
-        ("metazoa.seed".to_owned(), config.seed.to_string()),
-    ]);
+        ("metazoa.seed".to_owned(), seed.to_string()),
+    ])
+}
+
+/// Writes `graph` beside `out`, has `check` look at the file, and only then renames it. Returns its length
+/// and what `check` found: the largest difference to ONNX Runtime.
+///
+/// # Errors
+/// That of `check`, and when the file cannot be written; `out` is then as it was.
+pub(super) fn write_checked(
+    out: &Path,
+    graph: &Graph,
+    metadata: BTreeMap<String, String>,
+    check: impl FnOnce(&Path) -> Result<f32>,
+) -> Result<(u64, f32)> {
     let temporary = temporary_beside(out);
     let written = (|| {
-        onnx::write(&temporary, &graph, &onnx::ExportInfo::new(metadata))?;
-        let difference = compare(&model, config.image_size, form, &temporary, runtime)?;
+        onnx::write(&temporary, graph, &onnx::ExportInfo::new(metadata))?;
+        let difference = check(&temporary)?;
         let bytes = std::fs::metadata(&temporary).map_err(|e| Error::io(&temporary, &e))?.len();
         std::fs::rename(&temporary, out).map_err(|error| Error::io(out, &error))?;
-        Ok::<_, Error>(ExportResult {
-            path: out.into(),
-            form,
-            opset: graph.opset,
-            bytes,
-            max_abs_diff_ort: difference,
-        })
+        Ok::<_, Error>((bytes, difference))
     })();
     if written.is_err() {
         // The first failure is the one to tell; the file may not even be there.
@@ -82,35 +98,30 @@ pub fn export_run(
     written.context(|| format!("cannot export `{}`", out.display()))
 }
 
-/// Why the run's model has no such form, if it has none.
-///
-/// # Errors
-/// When the run has no checkpoint.
-pub fn missing_form(run: &RunFolder, form: ExportForm) -> Result<Option<&'static str>> {
-    let model = MetaModel::load(&run.latest_checkpoint()?)?;
-    Ok(match (form, model.learner()) {
-        (ExportForm::Episode, Learner::Maml(_)) => Some(
-            "MAML's gradient steps on all weights have no form in ONNX; ANIL's and ProtoNet's rules have",
-        ),
+/// Why a learner has no such form, if it has none.
+pub fn missing_form(learner: Learner, form: ExportForm) -> Option<&'static str> {
+    match (form, learner) {
+        (ExportForm::Episode, Learner::Maml(_)) => {
+            Some("MAML's gradient steps on all weights have no form in ONNX")
+        }
         _ => None,
-    })
+    }
 }
 
 /// The model in `form`, for images of `[height, width]`.
 fn graph_of(model: &MetaModel, form: ExportForm, [height, width]: [usize; 2]) -> Result<Graph> {
+    if let Some(why) = missing_form(model.learner(), form) {
+        return Err(Error::unsupported(why).hint(
+            "take the steps here with `metazoa adapt`, export `--form embedding`, or train with `meta.learner: anil` or `protonet`",
+        ));
+    }
     let embedding = model.backbone().to_graph(height, width)?;
     match (form, model.learner()) {
-        (ExportForm::Embedding, _) => Ok(embedding),
         (ExportForm::Episode, Learner::ProtoNet) => export::episode_graph(&embedding),
         (ExportForm::Episode, Learner::Anil(inner)) => {
             export::adapting_graph(&embedding, model.head(inner)?)
         }
-        (ExportForm::Episode, Learner::Maml(_)) => {
-            Err(Error::unsupported("MAML's gradient steps on all weights have no form in ONNX")
-                .hint(
-                    "export `--form embedding`, or train with `meta.learner: anil` or `protonet`",
-                ))
-        }
+        _ => Ok(embedding),
     }
 }
 
@@ -150,23 +161,54 @@ fn compare(
             (own, session.run(inputs, &["logits"])?)
         }
     };
-    let theirs = theirs.first().map(|output| output.values.to_f32()).unwrap_or_default();
-    if own.len() != theirs.len() {
-        return Err(Error::internal(format!(
-            "ONNX Runtime gives {} values, the network `{}`",
-            theirs.len(),
-            own.len()
-        )));
+    let mut agreement = Agreement::default();
+    agreement.add(&own, theirs.first())?;
+    agreement.verdict()
+}
+
+/// How far ONNX Runtime is from what is expected, over any number of batches.
+#[derive(Debug, Default)]
+pub(super) struct Agreement {
+    /// Largest absolute value expected.
+    largest: f32,
+    /// Largest absolute difference; not a number where either side is none.
+    worst: f32,
+}
+
+impl Agreement {
+    /// Counts one batch in: `own` values and those of an output of the session.
+    ///
+    /// # Errors
+    /// When their numbers differ.
+    pub(super) fn add(&mut self, own: &[f32], theirs: Option<&Tensor>) -> Result<()> {
+        let theirs = theirs.map(|output| output.values.to_f32()).unwrap_or_default();
+        if own.len() != theirs.len() {
+            return Err(Error::internal(format!(
+                "ONNX Runtime gives {} values, the network `{}`",
+                theirs.len(),
+                own.len()
+            )));
+        }
+        self.largest = own.iter().fold(self.largest, |most, value| most.max(value.abs()));
+        let differences = own.iter().zip(theirs.iter()).map(|(a, b)| (a - b).abs());
+        // `max` would pass over NaN, which must fail, and stay once it is there.
+        let worse = |most: f32, d: f32| if most.is_nan() || d <= most { most } else { d };
+        self.worst = differences.fold(self.worst, worse);
+        Ok(())
     }
-    let largest = own.iter().fold(0.0f32, |most, value| most.max(value.abs()));
-    let differences = own.iter().zip(theirs.iter()).map(|(a, b)| (a - b).abs());
-    // `max` would pass over NaN, which must fail.
-    let worst = differences.fold(0.0f32, |most, d| if d <= most { most } else { d });
-    if worst <= TOLERANCE * largest {
-        Ok(worst)
-    } else {
-        Err(Error::internal(format!(
-            "ONNX Runtime differs from the network by {worst:e} at values up to `{largest:e}`"
-        )))
+
+    /// The largest absolute difference.
+    ///
+    /// # Errors
+    /// When it is more than rounding explains.
+    pub(super) fn verdict(&self) -> Result<f32> {
+        let Self { largest, worst } = *self;
+        if worst <= TOLERANCE * largest {
+            Ok(worst)
+        } else {
+            Err(Error::internal(format!(
+                "ONNX Runtime differs from the network by {worst:e} at values up to `{largest:e}`"
+            )))
+        }
     }
 }

@@ -4,6 +4,8 @@
 //! returns a result object that `cli` prints as a table or as JSON. Whoever embeds the library
 //! calls these functions.
 
+pub mod adapt;
+pub mod baselines;
 pub mod config;
 pub mod context;
 pub mod doctor;

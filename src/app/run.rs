@@ -12,7 +12,7 @@ use super::eval::{Baselines, EvalOptions, EvalResult, evaluate_target};
 use super::export::{ExportResult, export_run, missing_form};
 use super::report::{ReportResult, write_report};
 use super::train::{TrainOptions, TrainResult, train};
-use super::{BatchNorm, Context, RunConfig, RunFolder};
+use super::{BatchNorm, Context, RunConfig, RunFolder, settings};
 use crate::data::{EpisodeSampler, EpisodeShape, ImageFolder};
 use crate::error::{Result, ResultExt};
 
@@ -65,14 +65,16 @@ pub fn run(context: &Context, options: &TrainOptions) -> Result<RunResult> {
                 shape,
                 episodes: eval.episodes,
                 batch_norm: BatchNorm::Inductive,
-                baselines: Baselines::All,
+                baselines: Baselines::Simple,
+                real_data: None,
             };
             evaluations.push(evaluate_target(run.path(), &options, context)?);
         }
     }
     let mut exports = Vec::new();
+    let learner = settings::learner(&config);
     for &form in &config.export {
-        if let Some(why) = missing_form(&run, form)? {
+        if let Some(why) = missing_form(learner, form) {
             context.progress.note(&format!("{}.onnx left out: {why}", form.name()));
             continue;
         }

@@ -4,6 +4,7 @@
 //! RUN/config.yaml      the settings, resolved; `--config` takes it back
 //! RUN/run.json         versions, seed, zoo hashes, how it ended
 //! RUN/events.jsonl     one line a step
+//! RUN/start.safetensors  the network before training, where it came from a file (`meta.backbone: FILE.onnx`)
 //! RUN/ckpt/            step-N.safetensors, and `latest` naming the newest
 //! RUN/bank/            recovered images
 //! RUN/queries/         queries spent on each model, written before they are sent
@@ -145,6 +146,11 @@ impl RunFolder {
     /// Where the counts of queries are.
     pub fn queries(&self) -> PathBuf {
         self.path.join("queries")
+    }
+
+    /// The meta-model that training starts from, where it comes from a file of the user's.
+    pub fn start(&self) -> PathBuf {
+        self.path.join("start.safetensors")
     }
 
     /// The settings it was made with.

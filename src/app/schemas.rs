@@ -4,6 +4,7 @@
 
 use schemars::{JsonSchema, Schema, generate::SchemaSettings};
 
+use super::adapt::AdaptResult;
 use super::config::RunConfig;
 use super::doctor::Diagnosis;
 use super::eval::EvalResult;
@@ -23,6 +24,7 @@ use crate::zoo::catalog::Catalog;
 /// Every schema with its name; the file is `schemas/NAME.schema.json`.
 pub fn all() -> Vec<(&'static str, Schema)> {
     vec![
+        ("adapt", schema_of_written::<AdaptResult>()),
         ("catalog", schema_of_written::<Catalog>()),
         ("config", schema_of::<RunConfig>()),
         ("doctor", schema_of_written::<Diagnosis>()),

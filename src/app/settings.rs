@@ -3,9 +3,10 @@
 use super::config::{
     BackboneName, Edge, EstimatorName, InnerOrder, LearnerName, RunConfig, Schedule, SurrogateName,
 };
+use super::run_folder::RunFolder;
 use crate::access::zero_order::{Estimator, ZeroOrder};
 use crate::access::{BlackOptions, Surrogate};
-use crate::error::Result;
+use crate::error::{Result, ResultExt};
 use crate::meta::{
     self, Architecture, Augmentation, Backbone, ColourMap, InnerLoop, Learner, MetaModel,
     ShiftEdge, TrainConfig,
@@ -117,15 +118,36 @@ fn estimator(name: EstimatorName) -> Estimator {
 /// The meta-model before training.
 ///
 /// # Errors
-/// When the images are too small for its backbone.
+/// When the images are too small for its backbone, or its file cannot be trained.
 pub fn untrained_model(config: &RunConfig) -> Result<MetaModel> {
     let meta = &config.meta;
-    let architecture = match meta.backbone {
+    let architecture = match &meta.backbone {
         BackboneName::Conv4 => Architecture::Conv4 { width: meta.width },
         BackboneName::ResNet10 => Architecture::ResNet10,
         BackboneName::ResNet12 => Architecture::ResNet12,
         BackboneName::ResNet18 => Architecture::ResNet18,
+        BackboneName::File(path) => {
+            let backbone = Backbone::from_onnx(path, config.image_size)?;
+            return MetaModel::new(backbone, learner(config), config.image_size, config.seed)
+                .context(|| format!("backbone `{}`", path.display()));
+        }
     };
+    let backbone = Backbone::new(architecture, config.seed)?;
+    MetaModel::new(backbone, learner(config), config.image_size, config.seed)
+}
+
+/// The meta-model that the training of `run` started from: kept in its folder where it came from a file.
+///
+/// # Errors
+/// As [`untrained_model`], and when what was kept is damaged.
+pub fn starting_model(run: &RunFolder, config: &RunConfig) -> Result<MetaModel> {
+    let kept = run.start();
+    if kept.is_file() { MetaModel::load(&kept) } else { untrained_model(config) }
+}
+
+/// The few-shot rule.
+pub fn learner(config: &RunConfig) -> Learner {
+    let meta = &config.meta;
     let inner = InnerLoop {
         train_steps: meta.inner.train_steps,
         test_steps: meta.inner.test_steps,
@@ -135,13 +157,11 @@ pub fn untrained_model(config: &RunConfig) -> Result<MetaModel> {
             InnerOrder::First => meta::InnerOrder::First,
         },
     };
-    let learner = match meta.learner {
+    match meta.learner {
         LearnerName::ProtoNet => Learner::ProtoNet,
         LearnerName::Anil => Learner::Anil(inner),
         LearnerName::Maml => Learner::Maml(inner),
-    };
-    let backbone = Backbone::new(architecture, config.seed)?;
-    MetaModel::new(backbone, learner, config.image_size, config.seed)
+    }
 }
 
 /// How the meta-model is trained.

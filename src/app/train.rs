@@ -11,7 +11,7 @@ use std::time::Instant;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::config::{Method, RunConfig};
+use super::config::{BackboneName, Method, RunConfig};
 use super::ingest::{CatalogWriting, Ingest, IngestOptions, ProbeOptions, Strictness, ingest};
 use super::queries::{ModelOutcome, Queries};
 use super::run_folder::{RunFolder, RunRecord, UsedModel, versions};
@@ -109,6 +109,11 @@ pub fn train(context: &Context, options: &TrainOptions) -> Result<TrainResult> {
         Some(run) => run.config()?,
         None => options.config.clone(),
     };
+    // A backbone that cannot be trained is refused before anything is recovered.
+    let start = match &resumed {
+        Some(_) => None,
+        None => Some(settings::untrained_model(&config)?),
+    };
     let found = ingest(
         context,
         &IngestOptions {
@@ -127,7 +132,11 @@ pub fn train(context: &Context, options: &TrainOptions) -> Result<TrainResult> {
         }
         None => {
             let record = new_record(&config, &specs, &found, &options.command);
-            RunFolder::create(&options.out, &config, &record)?
+            let run = RunFolder::create(&options.out, &config, &record)?;
+            if let (Some(start), BackboneName::File(_)) = (&start, &config.meta.backbone) {
+                start.save(&run.start())?;
+            }
+            run
         }
     };
     let log = run.event_log()?;

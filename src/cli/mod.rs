@@ -73,6 +73,7 @@ fn run(command: &args::Command, settings: &Settings, printer: &Printer) -> Resul
         args::Command::Invert(args) => verbs::invert::run(args, settings, printer),
         args::Command::Train(args) => verbs::train::run(args, settings, printer),
         args::Command::Eval(args) => verbs::eval::run(args, settings, printer),
+        args::Command::Adapt(args) => verbs::adapt::run(args, settings, printer),
         args::Command::Export(args) => verbs::export::run(args, settings, printer),
         args::Command::Report(args) => verbs::report::run(args, printer),
         args::Command::Setup(args) => verbs::setup::run(args, settings, printer),

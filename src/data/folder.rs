@@ -11,7 +11,7 @@ use walkdir::WalkDir;
 use super::decode::read_picture;
 use super::resize::resize_bilinear;
 use super::set::ImageSet;
-use crate::error::{Error, Result, ResultExt};
+use crate::error::{Error, Result};
 use crate::zoo::Rejection;
 
 /// Extensions that are read, lower case.
@@ -39,6 +39,8 @@ pub struct ImageFolder {
     pub split: String,
     /// The classes in byte order of their names.
     pub classes: Vec<ClassFiles>,
+    /// Folders beside them that hold no picture, in byte order of their names.
+    pub without_pictures: Vec<String>,
 }
 
 impl ImageFolder {
@@ -48,7 +50,11 @@ impl ImageFolder {
     /// When the folder cannot be read, holds no pictures, has splits and none (or an unknown one) is
     /// asked for.
     pub fn open(root: &Path, split: Option<&str>) -> Result<Self> {
-        let children = folders(root).context(|| "cannot read the images".into())?;
+        let children = folders(root).map_err(|error| {
+            error
+                .context("cannot read the images")
+                .hint("give a folder with one folder a class: FOLDER/CLASS/*.png")
+        })?;
         let splits: Vec<&PathBuf> = children.iter().filter(|path| holds_classes(path)).collect();
         let found = || {
             let names: Vec<String> =
@@ -81,7 +87,7 @@ impl ImageFolder {
                 (path.clone(), name(path))
             }
         };
-        let classes = list_classes(&folder)?;
+        let (classes, without_pictures) = list_classes(&folder)?;
         if classes.is_empty() {
             return Err(Error::input(format!(
                 "no class folders with pictures in `{}`",
@@ -89,7 +95,7 @@ impl ImageFolder {
             ))
             .hint("expected FOLDER/CLASS/*.png (or .jpg), one folder a class"));
         }
-        Ok(Self { root: folder, split, classes })
+        Ok(Self { root: folder, split, classes, without_pictures })
     }
 
     /// Reads every picture at `[height, width]`, in parallel. Classes stay even when all their
@@ -180,8 +186,9 @@ fn has_pictures(folder: &Path) -> bool {
     entries.flatten().any(|entry| is_picture(&entry.path()))
 }
 
-fn list_classes(folder: &Path) -> Result<Vec<ClassFiles>> {
-    let mut classes = Vec::new();
+/// The classes of `folder`, and the names of its folders without pictures.
+fn list_classes(folder: &Path) -> Result<(Vec<ClassFiles>, Vec<String>)> {
+    let (mut classes, mut without) = (Vec::new(), Vec::new());
     for path in folders(folder)? {
         let mut files: Vec<PathBuf> = WalkDir::new(&path)
             .min_depth(1)
@@ -193,11 +200,13 @@ fn list_classes(folder: &Path) -> Result<Vec<ClassFiles>> {
             .map(walkdir::DirEntry::into_path)
             .collect();
         files.sort();
-        if !files.is_empty() {
+        if files.is_empty() {
+            without.push(name(&path));
+        } else {
             classes.push(ClassFiles { name: name(&path), files });
         }
     }
-    Ok(classes)
+    Ok((classes, without))
 }
 
 fn is_picture(path: &Path) -> bool {

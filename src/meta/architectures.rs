@@ -40,6 +40,8 @@ pub enum Architecture {
     ResNet12,
     /// Two blocks of two convolutions at each of 64, 128, 256, 512 channels (methods.md 1.3).
     ResNet18,
+    /// A classifier's ONNX file up to its last linear layer ([`super::Backbone::from_onnx`]).
+    Onnx,
 }
 
 impl fmt::Display for Architecture {
@@ -49,6 +51,7 @@ impl fmt::Display for Architecture {
             Self::ResNet10 => f.write_str("resnet10"),
             Self::ResNet12 => f.write_str("resnet12"),
             Self::ResNet18 => f.write_str("resnet18"),
+            Self::Onnx => f.write_str("onnx"),
         }
     }
 }
@@ -61,6 +64,7 @@ impl FromStr for Architecture {
             ("resnet10", _) => Ok(Self::ResNet10),
             ("resnet12", _) => Ok(Self::ResNet12),
             ("resnet18", _) => Ok(Self::ResNet18),
+            ("onnx", _) => Ok(Self::Onnx),
             (_, Some(Ok(width))) => Ok(Self::Conv4 { width }),
             _ => Err(Error::unsupported(format!("backbone architecture `{text}`"))
                 .hint("known are conv4-WIDTH, resnet10, resnet12 and resnet18")),
@@ -73,7 +77,7 @@ impl Architecture {
     /// 1 / sqrt(fan in) as PyTorch's, normalisation 1 and 0 (methods.md 1.3).
     ///
     /// # Errors
-    /// When there are no channels.
+    /// When there are no channels, or the weights come from a file.
     pub fn graph(self, seed: u64) -> Result<Graph> {
         let mut builder = Builder::new(seed);
         let x = builder.normalised();
@@ -87,6 +91,7 @@ impl Architecture {
             Self::ResNet10 => builder.resnet(x, 1),
             Self::ResNet12 => builder.resnet12(x),
             Self::ResNet18 => builder.resnet(x, 2),
+            Self::Onnx => return Err(Error::internal("a file's network is not made anew")),
         }
         Ok(builder.graph)
     }

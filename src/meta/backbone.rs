@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{DType, Device, Tensor};
 
 pub use super::architectures::{Architecture, EPSILON, IMAGE_MEAN, IMAGE_STD, STANDARD_WIDTH};
+use super::onnx_file::write_structure;
 use crate::error::{Error, Result, ResultExt};
 pub use crate::graph::trainable::RunningStatistics;
 use crate::graph::trainable::{NormLayer, Statistics, free_constants};
@@ -87,9 +88,24 @@ impl Backbone {
     pub fn new(architecture: Architecture, seed: u64) -> Result<Self> {
         let graph = architecture.graph(seed)?;
         let names = free_constants(&graph, "embedding");
+        // Any size that every architecture takes.
+        Self::of_graph(architecture, graph, &names, [32, 32])
+    }
+
+    /// `graph` with the constants `names` as parameters; it takes images of `[height, width]`.
+    pub(super) fn of_graph(
+        architecture: Architecture,
+        graph: Graph,
+        names: &[String],
+        [height, width]: [usize; 2],
+    ) -> Result<Self> {
         let mut parameters = Vec::with_capacity(names.len());
         for name in names {
-            let constant = &graph.constants[&name];
+            let constant = graph
+                .constants
+                .get(name)
+                .ok_or_else(|| Error::internal(format!("no constant `{name}`")))?;
+            let name = name.clone();
             let value = tensor(constant.to_f32(), &constant.shape)?;
             parameters.push(Parameter { name, value });
         }
@@ -101,8 +117,7 @@ impl Backbone {
             running: Vec::new(),
             compiled: Arc::default(),
         };
-        // Any size that every architecture takes.
-        own.norms = own.compile::<f32>(&[1, CHANNELS, 32, 32])?.norms().to_vec();
+        own.norms = own.compile::<f32>(&[1, CHANNELS, height, width])?.norms().to_vec();
         own.running = own.norms.iter().map(|norm| norm.running.clone()).collect();
         Ok(own)
     }
@@ -122,16 +137,57 @@ impl Backbone {
         &self.running
     }
 
+    /// What it computes but for its weights ([`Trainable::structure`]), for images of `[height, width]`.
+    ///
+    /// # Errors
+    /// As [`Backbone::embedding_dim`].
+    pub(super) fn structure(&self, [height, width]: [usize; 2]) -> Result<Vec<String>> {
+        let program = self.cached(&self.compiled.single, &[1, CHANNELS, height, width])?;
+        Ok(program.structure())
+    }
+
+    /// Values of all parameters, then of all running means and variances.
+    pub(super) fn numbers(&self) -> Result<Vec<Vec<f64>>> {
+        let wide = |values: &[f32]| values.iter().copied().map(f64::from).collect();
+        let mut all = Vec::new();
+        for parameter in &self.parameters {
+            all.push(wide(&numbers(&parameter.value)?));
+        }
+        all.extend(self.running.iter().flat_map(|r| [wide(&r.mean), wide(&r.variance)]));
+        Ok(all)
+    }
+
+    /// Sets what [`Backbone::numbers`] gives.
+    pub(super) fn set_numbers(&mut self, values: Vec<Vec<f32>>) -> Result<()> {
+        let mut values = values.into_iter();
+        let mut next = || values.next().ok_or_else(|| Error::internal("too few numbers"));
+        for parameter in &mut self.parameters {
+            parameter.value = tensor(next()?, parameter.value.dims())?;
+        }
+        for running in &mut self.running {
+            running.mean = next()?;
+            running.variance = next()?;
+        }
+        Ok(())
+    }
+
     /// Length of an embedding for images of `height` x `width`.
     ///
     /// # Errors
     /// When nothing is left of so small an image.
     pub fn embedding_dim(&self, height: usize, width: usize) -> Result<usize> {
-        let trainable = self.program(DType::F32, &[1, CHANNELS, height, width])?;
-        match trainable {
-            Program::Single(program) => Ok(program.output_shape().iter().skip(1).product()),
-            Program::Double(_) => Err(Error::internal("asked for single precision")),
-        }
+        let program = self.cached(&self.compiled.single, &[1, CHANNELS, height, width])?;
+        Ok(program.output_shape().iter().skip(1).product())
+    }
+
+    /// The first node that a weight's gradient goes through and that has a first derivative only, for
+    /// images of `[height, width]`.
+    ///
+    /// # Errors
+    /// As [`Backbone::embedding_dim`].
+    pub fn first_order_node(&self, [height, width]: [usize; 2]) -> Result<Option<String>> {
+        let program = self.cached(&self.compiled.single, &[1, CHANNELS, height, width])?;
+        Ok(program.first_order_node().map(str::to_owned))
     }
 
     /// The parameters as variables of a tape.
@@ -199,7 +255,19 @@ impl Backbone {
 
     fn compile<T: Float>(&self, shape: &[usize]) -> Result<Trainable<T>> {
         let names: Vec<String> = self.parameters.iter().map(|p| p.name.clone()).collect();
-        Trainable::compile(&self.graph, "images", shape, "embedding", &names).map_err(|error| {
+        let compiled = Trainable::compile(&self.graph, "images", shape, "embedding", &names);
+        if self.architecture == Architecture::Onnx {
+            let program = compiled.context(|| "its weights cannot be trained".into())?;
+            return match program.output_shape() {
+                [rows, ..] if *rows == shape[0] => Ok(program),
+                other => Err(Error::unsupported(format!(
+                    "{} images make an embedding of shape `{other:?}`",
+                    shape[0]
+                ))
+                .hint("export the file with a dynamic batch dimension")),
+            };
+        }
+        compiled.map_err(|error| {
             Error::usage(format!("{} cannot take images of shape `{shape:?}`", self.architecture))
                 .hint("choose a larger `image_size`")
                 .context(error.to_string())
@@ -296,6 +364,11 @@ impl Backbone {
         for (name, shape, values) in self.statistics() {
             store.insert(name, &shape, values.to_vec());
         }
+        if self.architecture == Architecture::Onnx {
+            let stored = self.parameters.iter().map(|p| p.name.as_str());
+            let stored = stored.chain(self.statistics().map(|(name, ..)| name));
+            write_structure(&self.graph, stored, store)?;
+        }
         Ok(())
     }
 
@@ -319,7 +392,10 @@ impl Backbone {
             }
             Ok(values.to_vec())
         };
-        let mut own = Self::new(architecture, 0)?;
+        let mut own = match architecture {
+            Architecture::Onnx => Self::of_structure(store)?,
+            _ => Self::new(architecture, 0)?,
+        };
         for parameter in &mut own.parameters {
             let dims = parameter.value.dims().to_vec();
             parameter.value = tensor(values(&parameter.name, &dims)?, &dims)?;

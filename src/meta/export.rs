@@ -3,8 +3,8 @@
 //! `episode_graph` is the whole few-shot learner in one file: it takes the labelled support images
 //! and the query images and answers with logits, so that any ONNX runtime learns new classes without
 //! a program around it; `adapting_graph` is the same for a head that adapts (ANIL), its steps unrolled.
-//! `classifier_graph` fixes the prototypes and is an ordinary classifier. The first and the last hold
-//! ProtoNet's rule: class means of embeddings, negative squared Euclidean distance.
+//! The first holds ProtoNet's rule: class means of embeddings, negative squared Euclidean distance.
+//! `classifier_graph` is an ordinary classifier: a linear head that has seen its classes.
 
 use std::sync::Arc;
 
@@ -159,25 +159,29 @@ fn labelled(embedding: &Graph) -> Result<(Composer, Support)> {
     Ok((graph, Support { support, query, one_hot, way, size }))
 }
 
-/// A classifier with fixed `prototypes` `[way, d]`: input `images` `[batch, c, h, w]`, output
-/// `logits` `[batch, way]`, the negative squared Euclidean distances.
+/// A classifier with a fixed linear head of `weight` `[way, d]` and `bias` `[way]`: input `images` `[batch, c, h, w]`,
+/// output `logits` `[batch, way]`.
 ///
 /// # Errors
-/// As [`episode_graph`], and when `prototypes` is not a matrix of float32 or does not fit the
-/// embedding's declared size.
-pub fn classifier_graph(embedding: &Graph, prototypes: ConstantTensor) -> Result<Graph> {
+/// As [`episode_graph`], and when the head is no matrix and vector of float32, or does not fit the embedding's
+/// declared size.
+pub fn classifier_graph(
+    embedding: &Graph,
+    weight: ConstantTensor,
+    bias: ConstantTensor,
+) -> Result<Graph> {
     let parts = Embedding::of(embedding)?;
-    let &[way, size] = prototypes.shape.as_slice() else {
+    let fits = weight.dtype == DataType::Float32 && bias.dtype == DataType::Float32;
+    let (&[way, size], &[biases]) = (weight.shape.as_slice(), bias.shape.as_slice()) else {
         return Err(Error::internal(format!(
-            "prototypes must be a matrix: `{:?}`",
-            prototypes.shape
+            "a head of shapes {:?} and `{:?}`",
+            weight.shape, bias.shape
         )));
     };
-    if prototypes.dtype != DataType::Float32 || parts.size.is_some_and(|expected| expected != size)
-    {
+    if !fits || biases != way || parts.size.is_some_and(|expected| expected != size) {
         return Err(Error::internal(format!(
-            "prototypes do not fit an embedding of size {:?}: `{:?}`",
-            parts.size, prototypes.shape
+            "a head of {:?} and {biases} values does not fit an embedding of size `{:?}`",
+            weight.shape, parts.size
         )));
     }
     let batch = Dimension::Symbol("batch".into());
@@ -186,8 +190,9 @@ pub fn classifier_graph(embedding: &Graph, prototypes: ConstantTensor) -> Result
     graph.input("images", DataType::Float32, shape);
     graph.first("Identity", &["images"], &parts.input, []);
     let rows = graph.node("Flatten", &[&parts.output], "embeddings", [("axis", Attribute::Int(1))]);
-    let prototypes = graph.constant("prototypes", prototypes);
-    graph.similarity(&rows, &prototypes, "logits");
+    let weight = graph.constant("head.weight", weight);
+    let bias = graph.constant("head.bias", bias);
+    graph.node("Gemm", &[&rows, &weight, &bias], "logits", [("transB", Attribute::Int(1))]);
     Ok(graph.finish("logits", vec![batch, Dimension::Fixed(way)]))
 }
 

@@ -114,7 +114,7 @@ impl MetaModel {
     /// within 1 / sqrt(d) as PyTorch's linear layer, its offset 0.
     ///
     /// # Errors
-    /// When the images are too small for the backbone.
+    /// When the images are too small for the backbone, or it has no second derivative and MAML asks for it.
     pub fn new(
         backbone: Backbone,
         learner: Learner,
@@ -122,6 +122,13 @@ impl MetaModel {
         seed: u64,
     ) -> Result<Self> {
         let dim = backbone.embedding_dim(height, width)?;
+        if matches!(learner, Learner::Maml(inner) if inner.order == InnerOrder::Second)
+            && let Some(node) = backbone.first_order_node([height, width])?
+        {
+            return Err(Error::unsupported(format!("{node} has no second derivative here"))
+                .context("MAML of second order cannot train this backbone")
+                .hint("set `meta.inner.order: first`, or `meta.learner: anil` or `protonet`"));
+        }
         let mut head = Vec::new();
         if learner != Learner::ProtoNet {
             let mut rng = RngStream::new(seed, "initialise", "head.weight", 0);
@@ -222,12 +229,8 @@ impl MetaModel {
             Learner::ProtoNet => self.nearest_mean(body, task, mode),
             Learner::Anil(inner) => {
                 let seen = self.backbone.forward(body, task.support, mode)?;
-                let features = seen.embedding;
-                let mut head = spread(head, task.way)?;
-                for _ in 0..steps {
-                    let loss = linear(&features, &head)?.cross_entropy(task.labels)?;
-                    head = descend(&loss, &head, inner.learning_rate, order)?;
-                }
+                let head = spread(head, task.way)?;
+                let head = adapt_head(&seen.embedding, task.labels, head, (inner, steps, order))?;
                 let seen = self.backbone.forward(body, task.query, mode)?;
                 Ok(Answer { logits: linear(&seen.embedding, &head)?, statistics: seen.statistics })
             }
@@ -374,8 +377,22 @@ impl MetaModel {
     }
 }
 
+/// A linear head after gradient steps on labelled `features` `[n, d]`.
+pub(super) fn adapt_head(
+    features: &Var,
+    labels: &[usize],
+    mut head: Vec<Var>,
+    (inner, steps, order): (InnerLoop, usize, Order),
+) -> Result<Vec<Var>> {
+    for _ in 0..steps {
+        let loss = linear(features, &head)?.cross_entropy(labels)?;
+        head = descend(&loss, &head, inner.learning_rate, order)?;
+    }
+    Ok(head)
+}
+
 /// The head's one row and offset for each of `way` classes: `[way, d]` and `[way]`.
-fn spread(head: &[Var], way: usize) -> Result<Vec<Var>> {
+pub(super) fn spread(head: &[Var], way: usize) -> Result<Vec<Var>> {
     let [row, offset] = head else {
         return Err(Error::internal("a head has a weight and a bias"));
     };
@@ -383,7 +400,7 @@ fn spread(head: &[Var], way: usize) -> Result<Vec<Var>> {
 }
 
 /// Logits `[n, way]` of embeddings `[n, d]`.
-fn linear(features: &Var, head: &[Var]) -> Result<Var> {
+pub(super) fn linear(features: &Var, head: &[Var]) -> Result<Var> {
     features.matmul(&head[0].transpose(0, 1)?)?.add(&head[1])
 }
 

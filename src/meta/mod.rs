@@ -2,8 +2,10 @@
 //!
 //! A [`Backbone`] embeds images, [`protonet`] classifies queries by the distance to the class means,
 //! [`Trainer`] meta-trains on episodes drawn from any [`ClassSource`] (in a run: the bank of recovered
-//! images). Nothing here knows where images come from or how models are reached.
+//! images). A backbone is one of ours or comes from a classifier's ONNX file; [`MetaModel::adapt`] makes an
+//! ordinary [`Classifier`] of a learner. Nothing here knows where images come from or how teachers are reached.
 
+pub mod adapt;
 mod architectures;
 pub mod augment;
 pub mod backbone;
@@ -11,9 +13,11 @@ pub mod episodes;
 pub mod export;
 pub mod feedback;
 pub mod learner;
+mod onnx_file;
 pub mod protonet;
 pub mod train;
 
+pub use adapt::{Classifier, SupportImages};
 pub use architectures::Architecture;
 pub use augment::{Augmentation, ColourMap, ShiftEdge};
 pub use backbone::{Backbone, BnMode};

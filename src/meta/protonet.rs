@@ -66,20 +66,9 @@ pub fn classify(
     dim: usize,
     way: usize,
 ) -> Result<Classification> {
-    let counts = class_counts(labels, way)?;
-    if dim == 0 || support.len() != labels.len() * dim || !query.len().is_multiple_of(dim) {
-        return Err(Error::internal(format!(
-            "{} support and {} query values for {} labels and dimension `{dim}`",
-            support.len(),
-            query.len(),
-            labels.len()
-        )));
-    }
-    let mut means = vec![0.0f64; way * dim];
-    for (row, &label) in support.chunks_exact(dim).zip(labels) {
-        for (mean, &value) in means[label * dim..][..dim].iter_mut().zip(row) {
-            *mean += f64::from(value) / counts[label] as f64;
-        }
+    let means = class_means(support, labels, dim, way)?;
+    if !query.len().is_multiple_of(dim) {
+        return Err(Error::internal(format!("{} query values of dimension `{dim}`", query.len())));
     }
     let mut result = Classification { logits: Vec::new(), predictions: Vec::new() };
     for row in query.chunks_exact(dim) {
@@ -91,6 +80,45 @@ pub fn classify(
         result.predictions.push(first_largest(&result.logits[start..]));
     }
     Ok(result)
+}
+
+/// Class means `[way, dim]` of `support` embeddings `[m, dim]` with their labels, row-major.
+fn class_means(support: &[f32], labels: &[usize], dim: usize, way: usize) -> Result<Vec<f64>> {
+    let counts = class_counts(labels, way)?;
+    if dim == 0 || support.len() != labels.len() * dim {
+        return Err(Error::internal(format!(
+            "{} support values for {} labels and dimension `{dim}`",
+            support.len(),
+            labels.len()
+        )));
+    }
+    let mut means = vec![0.0f64; way * dim];
+    for (row, &label) in support.chunks_exact(dim).zip(labels) {
+        for (mean, &value) in means[label * dim..][..dim].iter_mut().zip(row) {
+            *mean += f64::from(value) / counts[label] as f64;
+        }
+    }
+    Ok(means)
+}
+
+/// The rule as a linear head, weights `[way, dim]` and biases `[way]` (Snell et al. 2017, sec. 2.4):
+/// `-f |x - p|^2 = 2 f p x - f |p|^2 - f |x|^2`, whose last term is the same for every class. `f` is
+/// [`logit_factor`], so that a softmax gives the probabilities of training.
+///
+/// # Errors
+/// As [`classify`].
+pub(super) fn linear_head(
+    support: &[f32],
+    labels: &[usize],
+    dim: usize,
+    way: usize,
+) -> Result<[Vec<f32>; 2]> {
+    let means = class_means(support, labels, dim, way)?;
+    let factor = logit_factor(dim);
+    let weight = means.iter().map(|mean| (2.0 * factor * mean) as f32).collect();
+    let length = |mean: &[f64]| mean.iter().map(|m| m * m).sum::<f64>();
+    let bias = means.chunks_exact(dim).map(|mean| (-factor * length(mean)) as f32).collect();
+    Ok([weight, bias])
 }
 
 /// Index of the largest value, the first of equals; 0 for an empty slice.

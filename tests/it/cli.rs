@@ -19,6 +19,7 @@ fn help_lists_only_what_works() {
       invert       Images of a model's classes, recovered from it
       train        Recover images from a zoo and meta-train on them
       eval         Few-shot accuracy of a run or an exported meta-model on real images
+      adapt        Turn a run and your own images, a folder a class, into a ready ONNX classifier
       export       Write a run's meta-model as ONNX, checked against ONNX Runtime
       report       Write a run's self-contained report.html
       setup        Fetch ONNX Runtime through your own pip index into metazoa's cache
@@ -74,7 +75,9 @@ fn completions_know_every_verb() {
     let here = temp_dir();
     let ran = run_in(here.path(), &["completions", "bash"]);
     assert_eq!(ran.code, 0);
-    for verb in ["ingest", "eval", "export", "report", "setup", "doctor", "schema", "completions"] {
+    for verb in
+        ["ingest", "eval", "adapt", "export", "report", "setup", "doctor", "schema", "completions"]
+    {
         assert!(ran.stdout.contains(verb), "{verb}");
     }
 }

@@ -71,6 +71,7 @@ fn options(data: &Path, batch_norm: BatchNorm) -> EvalOptions {
         episodes: 40,
         batch_norm,
         baselines: Baselines::All,
+        real_data: None,
     }
 }
 
@@ -81,7 +82,8 @@ fn classes_that_differ_in_colour_are_told_apart_by_colour_and_by_nothing_blind()
     for batch_norm in [BatchNorm::Inductive, BatchNorm::Transductive] {
         let options = options(here.path(), batch_norm);
         let context = Context::silent(0);
-        let (result, rows) = evaluate(&MeanColor, Some(&Blind), &options, &context).unwrap();
+        let (result, rows) =
+            evaluate(&MeanColor, &[("untrained", &Blind)], &options, &context).unwrap();
         assert_eq!((result.accuracy, result.ci95), (1.0, 0.0));
         assert_eq!(rows.len(), 40);
         let blind = &result.baselines["untrained"];
@@ -98,7 +100,7 @@ fn the_same_seed_gives_the_same_rows_for_any_number_of_threads() {
     let rows = |threads: usize, seed: u64| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let options = options(here.path(), BatchNorm::Inductive);
-        pool.install(|| evaluate(&MeanColor, None, &options, &Context::silent(seed)).unwrap().1)
+        pool.install(|| evaluate(&MeanColor, &[], &options, &Context::silent(seed)).unwrap().1)
     };
     assert_eq!(rows(1, 5), rows(4, 5));
     assert_ne!(rows(1, 5), rows(1, 6));
@@ -111,7 +113,7 @@ fn an_interrupted_evaluation_stops() {
     let context = Context::silent(0);
     context.interrupt.store(true, std::sync::atomic::Ordering::Relaxed);
     let options = options(here.path(), BatchNorm::Inductive);
-    let error = evaluate(&MeanColor, None, &options, &context).unwrap_err();
+    let error = evaluate(&MeanColor, &[], &options, &context).unwrap_err();
     assert_eq!(error.exit_code(), 130);
 }
 
@@ -165,6 +167,11 @@ fn the_command_evaluates_a_run_and_keeps_result_and_episodes() {
         let accuracy = result["baselines"][name]["accuracy"].as_f64().unwrap();
         assert!((0.0..=1.0).contains(&accuracy), "{name}");
     }
+    // The models of this run are nowhere: said, and no failure.
+    for name in ["average", "best-model"] {
+        let why = result["baselines_left_out"][name].as_str().unwrap();
+        assert!(!why.is_empty() && result["baselines"][name].is_null(), "{result}");
+    }
     let schema = run_in(here.path(), &["schema", "eval"]).stdout;
     let schema: serde_json::Value = serde_json::from_str(&schema).unwrap();
     assert!(jsonschema::is_valid(&schema, &result), "the result fits its own schema");
@@ -182,6 +189,46 @@ fn the_command_evaluates_a_run_and_keeps_result_and_episodes() {
     assert_eq!((ran.code, ran.stdout.trim()), (0, "r/report.html"));
     let page = std::fs::read_to_string(run.path().join("report.html")).unwrap();
     assert!(page.contains("5-way 1-shot") && page.contains("pixel-nearest"));
+}
+
+#[test]
+fn the_upper_bound_is_the_runs_learner_trained_on_real_images() {
+    let here = temp_dir();
+    let run = finished_run(&here.path().join("r"));
+    let config = run.path().join("config.yaml");
+    let text = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(&config, text.replace("steps: 600", "steps: 12")).unwrap();
+    write_classes(&here.path().join("pictures"), &CLASSES, 6, [16, 16]);
+    let others = ["gnu", "hen", "ibis", "jay", "kiwi", "fox"];
+    write_classes(&here.path().join("real/meta_train"), &others, 12, [16, 16]);
+    write_classes(&here.path().join("real/meta_val"), &others[..2], 12, [16, 16]);
+    let eval = |real: &str| {
+        let args = ["eval", "r", "--data", "pictures", "--query", "5", "--episodes", "20"];
+        run_in(here.path(), &[&args[..], &["--json", "--real-data", real]].concat())
+    };
+    let ran = eval("real");
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    // `fox` is evaluated too.
+    assert!(ran.stderr.contains("1 classes of `real/meta_train`"), "{}", ran.stderr);
+    let result: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    let bound = &result["baselines"]["real-data"];
+    assert!(bound["accuracy"].is_number() && bound["gain_ci95"].is_number(), "{result}");
+    assert_eq!(bound["note"], "6 classes, 72 images, 12 steps");
+    let rows = |name: &str| {
+        let path = run.path().join("eval/pictures-5way-1shot-inductive.episodes.jsonl");
+        let text = std::fs::read_to_string(path).unwrap();
+        text.lines().map(|line| line.matches(name).count()).sum::<usize>()
+    };
+    assert_eq!(rows("real-data"), 20, "every episode counts its right answers");
+    for (real, words) in [
+        ("pictures", "the images evaluated on"),
+        ("nowhere", "nowhere"),
+        ("real/meta_val", "needs 5 classes"),
+    ] {
+        let refused = eval(real);
+        assert_eq!((refused.code, refused.stdout.as_str()), (1, ""), "{}", refused.stderr);
+        assert!(refused.stderr.contains(words), "{}", refused.stderr);
+    }
 }
 
 #[test]

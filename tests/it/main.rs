@@ -3,7 +3,9 @@
 #![allow(clippy::print_stderr, unreachable_pub)]
 
 mod access;
+mod adapt;
 mod architectures;
+mod backbone_files;
 mod black;
 mod cli;
 mod contrib;

@@ -201,6 +201,13 @@ fn every_learner_trains_evaluates_and_exports_what_it_can() {
             assert_eq!(result["bn"], bn);
             assert!(result["accuracy"].as_f64().unwrap() > 0.0, "{learner} {bn}");
         }
+        let file = format!("{learner}-classifier.onnx");
+        let ran = run_in(
+            dir.path(),
+            &["adapt", learner, data.to_str().unwrap(), "--split", "meta_test", "--out", &file],
+        );
+        assert_eq!(ran.code, 0, "{learner}: {}", ran.stderr);
+        assert!(ran.stdout.contains("(inductive)"), "{}", ran.stdout);
         for (form, expressible) in [("embedding", true), ("episode", episode)] {
             let file = format!("{learner}-{form}.onnx");
             let ran = run_in(dir.path(), &["export", learner, "--form", form, "--out", &file]);

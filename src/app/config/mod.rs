@@ -8,12 +8,14 @@ use std::path::Path;
 
 use serde_yaml::Value;
 
+mod backbone;
 pub mod types;
 
+pub use backbone::BackboneName;
 pub use types::{
-    AugmentationConfig, BackboneName, BlackBoxConfig, ColorConfig, Edge, EstimatorName, EvalConfig,
-    ExportForm, InnerConfig, InnerOrder, LearnerName, MetaConfig, Method, RecoverConfig, RunConfig,
-    Schedule, SurrogateName, WhiteBoxConfig,
+    AugmentationConfig, BlackBoxConfig, ColorConfig, Edge, EstimatorName, EvalConfig, ExportForm,
+    InnerConfig, InnerOrder, LearnerName, MetaConfig, Method, RecoverConfig, RunConfig, Schedule,
+    SurrogateName, WhiteBoxConfig,
 };
 
 use crate::error::{Error, Result, ResultExt};

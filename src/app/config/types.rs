@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::BackboneName;
+
 /// Everything that decides what a run does.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -214,20 +216,6 @@ pub struct CurriculumConfig {
     pub patience: u64,
     /// Memory for moving images and their optimisers, MiB; what does not fit is on disk.
     pub memory_mib: usize,
-}
-
-/// The embedding network (methods.md 1.3).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum BackboneName {
-    /// Four convolutions of `width` channels.
-    Conv4,
-    /// ResNet-10 for small images.
-    ResNet10,
-    /// ResNet-12 of the few-shot literature.
-    ResNet12,
-    /// ResNet-18 for small images.
-    ResNet18,
 }
 
 /// The few-shot rule.

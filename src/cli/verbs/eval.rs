@@ -40,9 +40,12 @@ pub(crate) struct EvalArgs {
     /// Batch normalisation at test time: statistics of training, or of the episode's own images
     #[arg(long, value_enum, default_value_t = Bn::Inductive)]
     bn: Bn,
-    /// Also the untrained network and pixel rules on the same episodes
+    /// Also the untrained network, the mean and the best of the zoo's models, and pixel rules on the same episodes
     #[arg(long)]
     baselines: bool,
+    /// Also the run's learner trained on real images (its training split where it has one): the upper bound
+    #[arg(long, value_name = "DIR")]
+    real_data: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -64,6 +67,7 @@ pub(crate) fn run(args: &EvalArgs, settings: &Settings, printer: &Printer) -> Re
             Bn::Transductive => BatchNorm::Transductive,
         },
         baselines: if args.baselines { Baselines::All } else { Baselines::Skip },
+        real_data: args.real_data.clone(),
     };
     let result = evaluate_target(&args.target, &options, &context)?;
     printer.result(&result, table)?;
@@ -93,6 +97,12 @@ pub(crate) fn table(result: &EvalResult) -> String {
             percent(b.gain),
             percent(b.gain_ci95)
         );
+        if let Some(note) = &b.note {
+            let _ = writeln!(text, "{:<16} {note}", "");
+        }
+    }
+    for (name, why) in &result.baselines_left_out {
+        let _ = writeln!(text, "{name:<16} left out: {why}");
     }
     text
 }

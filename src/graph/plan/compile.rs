@@ -8,7 +8,7 @@ use super::lower::{Lower, Rounding, StepRecord, Taps, Value};
 use super::schedule::Schedule;
 use super::step::{Differentiable, Operand};
 use crate::error::{Error, Result, ResultExt};
-use crate::graph::ir::{ConstantTensor, DataType, Graph, Node};
+use crate::graph::ir::{ConstantTensor, DataType, Graph, Node, Port};
 use crate::graph::ops;
 use crate::tensor::kernels::Element;
 
@@ -124,6 +124,38 @@ pub(in crate::graph) fn needed_nodes(graph: &Graph, output: &str) -> HashSet<usi
         }
     }
     needed
+}
+
+impl Graph {
+    /// The part that `output` depends on: its nodes and constants, with the same inputs and `output` as
+    /// the only output, of a shape that is not declared.
+    #[must_use]
+    pub fn restricted_to(&self, output: &str) -> Self {
+        let needed = needed_nodes(self, output);
+        let nodes: Vec<Node> = self
+            .nodes
+            .iter()
+            .enumerate()
+            .filter(|(index, _)| needed.contains(index))
+            .map(|(_, node)| node.clone())
+            .collect();
+        let read: HashSet<&str> = nodes
+            .iter()
+            .flat_map(|node| node.inputs.iter().map(String::as_str).chain(ops::outer_names(node)))
+            .chain([output])
+            .collect();
+        let kept = self.constants.iter().filter(|(name, _)| read.contains(name.as_str()));
+        let constants = kept.map(|(name, value)| (name.clone(), Arc::clone(value))).collect();
+        let port = Port { name: output.into(), dtype: DataType::Float32, shape: None };
+        Self {
+            name: self.name.clone(),
+            opset: self.opset,
+            inputs: self.inputs.clone(),
+            outputs: vec![port],
+            nodes,
+            constants,
+        }
+    }
 }
 
 /// Lowers one node into `lower`.

@@ -1,5 +1,6 @@
 //! One instruction of a trainable graph: an operation of the tape, or a step of the frozen plan.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use candle_core::Tensor;
@@ -11,6 +12,15 @@ use crate::tensor::kernels::conv::Conv2dGeometry;
 use crate::tensor::tape::{
     Activation, BatchStatistics, Float, KeepDims, Operation, Tape, Var, tensor_of, with_slices,
 };
+
+/// Elements of a constant that is shown with its values.
+const SMALL: usize = 64;
+
+/// Values of a small constant; none where they cannot be read.
+fn numbers(tensor: &Tensor) -> Vec<f64> {
+    let wide = tensor.to_dtype(candle_core::DType::F64).and_then(|wide| wide.flatten_all());
+    wide.and_then(|flat| flat.to_vec1()).unwrap_or_default()
+}
 
 /// Where an instruction reads an operand.
 #[derive(Debug, Clone)]
@@ -48,8 +58,8 @@ pub(super) enum Native {
     MatMul,
     /// A matrix transposed.
     Transpose,
-    /// Means of planes: `[N, C, H, W]` to `[N, C]`.
-    PlaneMeans,
+    /// Means over these axes, which are dropped.
+    Means(Vec<usize>),
     /// Means of square blocks.
     BlockMeans(usize),
     /// Maxima of square blocks.
@@ -93,6 +103,36 @@ impl<T: Float> Instruction<T> {
     pub(super) fn name(&self) -> &str {
         match self {
             Self::Native { name, .. } | Self::Step { name, .. } => name,
+        }
+    }
+
+    /// What it does to which values, by their `number`.
+    pub(super) fn describe(&self, number: &BTreeMap<usize, usize>) -> String {
+        match self {
+            Self::Native { op, inputs, .. } => {
+                let read: Vec<String> = inputs
+                    .iter()
+                    .map(|source| match source {
+                        Source::Live(id, shape) => format!("{:?} {shape:?}", number.get(id)),
+                        Source::Constant(tensor) if tensor.elem_count() <= SMALL => {
+                            format!("{:?} {:?}", tensor.dims(), numbers(tensor))
+                        }
+                        Source::Constant(tensor) => format!("{:?}", tensor.dims()),
+                    })
+                    .collect();
+                format!("{op:?} {read:?}")
+            }
+            Self::Step { name, inputs, length, .. } => {
+                let op = name.rsplit_once('(').map_or(name.as_str(), |(_, op)| op);
+                let read: Vec<_> = inputs
+                    .iter()
+                    .map(|operand| match operand {
+                        Operand::Live(id) => number.get(id),
+                        Operand::Constant(_) => None,
+                    })
+                    .collect();
+                format!("{op} {read:?} {length}")
+            }
         }
     }
 
@@ -218,7 +258,7 @@ impl Native {
             Self::Div => x.div(&inputs[1]),
             Self::MatMul => x.matmul(&inputs[1]),
             Self::Transpose => x.transpose(0, 1),
-            Self::PlaneMeans => x.mean(&[2, 3], KeepDims::Drop),
+            Self::Means(axes) => x.mean(axes, KeepDims::Drop),
             Self::BlockMeans(side) => x.avg_pool2d(*side),
             Self::BlockMaxima(side) => x.max_pool2d(*side),
             Self::Concat(axis) => Var::concat(&inputs.iter().collect::<Vec<_>>(), *axis),

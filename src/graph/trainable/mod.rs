@@ -14,6 +14,7 @@ mod parameters;
 use std::collections::BTreeMap;
 
 use crate::error::{Error, Result};
+use crate::graph::plan::Differentiable;
 use crate::tensor::tape::{BatchStatistics, Float, Var};
 
 pub use parameters::free_constants;
@@ -80,6 +81,40 @@ impl<T: Float> Trainable<T> {
     /// The normalisation layers, in order.
     pub fn norms(&self) -> &[NormLayer] {
         &self.norms
+    }
+
+    /// The first node that a weight's gradient goes through and that has a first derivative only.
+    pub fn first_order_node(&self) -> Option<&str> {
+        let mut live = vec![false; self.values];
+        for (id, _) in &self.parameters {
+            live[*id] = true;
+        }
+        for instruction in &self.program {
+            let reads = instruction.reads();
+            let smooth = reads.iter().any(|(id, flow)| live[*id] && *flow == Differentiable::Yes);
+            if smooth && matches!(instruction, Instruction::Step { .. }) {
+                return Some(instruction.name());
+            }
+            live[instruction.output()] |= smooth;
+        }
+        None
+    }
+
+    /// What is computed from what, a line an instruction, with the values of small constants but not of weights:
+    /// the same for two files of one architecture, however they were exported and named.
+    pub fn structure(&self) -> Vec<String> {
+        let mut number: BTreeMap<usize, usize> = BTreeMap::new();
+        let starts = std::iter::once(self.input.0).chain(self.parameters.iter().map(|p| p.0));
+        for id in starts {
+            number.insert(id, number.len());
+        }
+        let mut lines: Vec<String> =
+            self.parameters.iter().map(|(_, shape)| format!("weight {shape:?}")).collect();
+        for instruction in &self.program {
+            lines.push(instruction.describe(&number));
+            number.insert(instruction.output(), number.len());
+        }
+        lines
     }
 
     /// Runs on `input`, of the shape compiled for, with `parameters` in the order they were named in;

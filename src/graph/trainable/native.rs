@@ -48,6 +48,7 @@ impl<'g, T: Float> Compiler<'g, T> {
             "MatMul" => self.matmul(node)?,
             "Gemm" => self.gemm(node)?,
             "GlobalAveragePool" => self.plane_means(node)?,
+            "ReduceMean" => self.reduce_mean(node)?,
             "AveragePool" | "MaxPool" => self.pool(node)?,
             "Concat" => self.concat(node)?,
             _ => None,
@@ -201,8 +202,41 @@ impl<'g, T: Float> Compiler<'g, T> {
     fn plane_means(&mut self, node: &Node) -> Result<Option<Value>> {
         let x = self.lower.input(node, 0)?;
         let (true, &[n, c, _, _]) = (is_live(&x), x.shape()) else { return Ok(None) };
-        let y = self.emit(node, Native::PlaneMeans, &[&x], vec![n, c])?;
+        let y = self.emit(node, Native::Means(vec![2, 3]), &[&x], vec![n, c])?;
         self.lower.reshape(&y, vec![n, c, 1, 1]).map(Some)
+    }
+
+    fn reduce_mean(&mut self, node: &Node) -> Result<Option<Value>> {
+        let x = self.lower.input(node, 0)?;
+        // An attribute before operator set 18, an input from then on.
+        let given = match node.ints("axes")? {
+            Some(axes) => Some(axes.to_vec()),
+            None if node.inputs.get(1).is_some_and(|name| !name.is_empty()) => {
+                let axes = self.lower.constant_input(node, 1)?;
+                axes.and_then(|axes| axes.as_i64().map(<[i64]>::to_vec))
+            }
+            None => None,
+        };
+        let Some(given) = given.filter(|axes| !axes.is_empty() && is_live(&x)) else {
+            return Ok(None);
+        };
+        if !x.dtype().is_float() {
+            return Ok(None);
+        }
+        let mut axes: Vec<usize> =
+            given.iter().map(|&axis| axis_index(axis, x.rank())).collect::<Result<_>>()?;
+        axes.sort_unstable();
+        axes.dedup();
+        let keep = node.int("keepdims", 1)? != 0;
+        let sizes = |dropped: Option<usize>| -> Vec<usize> {
+            let sizes = x.shape().iter().enumerate();
+            sizes
+                .filter_map(|(axis, &size)| if axes.contains(&axis) { dropped } else { Some(size) })
+                .collect()
+        };
+        let (short, long) = (sizes(None), sizes(Some(1)));
+        let y = self.emit(node, Native::Means(axes), &[&x], short.clone())?;
+        self.lower.reshape(&y, if keep { long } else { short }).map(Some)
     }
 
     fn pool(&mut self, node: &Node) -> Result<Option<Value>> {

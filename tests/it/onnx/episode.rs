@@ -102,13 +102,15 @@ fn the_episode_graph_is_protonet_for_any_number_of_ways() {
 }
 
 #[test]
-fn the_classifier_graph_measures_distances_to_fixed_prototypes() {
+fn the_classifier_graph_is_a_linear_head_on_the_embedding() {
     let temp = temp_dir();
     let embedding = backbone();
     let size = 5;
-    let prototypes: Vec<f32> = (0..3 * size).map(|i| (i as f32 * 0.7).cos() * 3.0).collect();
-    let constant = ConstantTensor::f32(vec![3, size], prototypes.clone());
-    let graph = classifier_graph(&embedding, constant).unwrap();
+    let weight: Vec<f32> = (0..3 * size).map(|i| (i as f32 * 0.7).cos() * 3.0).collect();
+    let bias = [0.5f32, -1.0, 2.0];
+    let constant = |shape: &[usize], values: &[f32]| ConstantTensor::f32(shape, values.to_vec());
+    let head = (constant(&[3, size], &weight), constant(&[3], &bias));
+    let graph = classifier_graph(&embedding, head.0, head.1).unwrap();
     assert_eq!(graph.inputs[0].name, "images");
     let mut classifier = open(temp.path(), "classifier.onnx", &graph);
     let mut plain = open(temp.path(), "embedding.onnx", &embedding);
@@ -116,13 +118,16 @@ fn the_classifier_graph_measures_distances_to_fixed_prototypes() {
     assert_eq!(logits.shape, [4, 3]);
     let rows = embed(&mut plain, &embedding, images(4, 3));
     for (row, logits) in rows.iter().zip(logits.values.to_f32().chunks(3)) {
-        for (prototype, &logit) in prototypes.chunks(size).zip(logits) {
-            let pairs = row.iter().zip(prototype);
-            let expected = -pairs.map(|(a, &b)| (a - f64::from(b)).powi(2)).sum::<f64>();
+        for ((weight, bias), &logit) in weight.chunks(size).zip(bias).zip(logits) {
+            let product = row.iter().zip(weight).map(|(a, &b)| a * f64::from(b)).sum::<f64>();
+            let expected = product + f64::from(bias);
             assert!((f64::from(logit) - expected).abs() <= 1e-5 * expected.abs().max(1.0));
         }
     }
-    classifier_graph(&embedding, ConstantTensor::f32(vec![2, 7], vec![0.0; 14])).unwrap_err();
+    let zeros = |shape: &[usize]| constant(shape, &vec![0.0; shape.iter().product()]);
+    for (weight, bias) in [([2, 7], 2), ([2, size], 3)] {
+        classifier_graph(&embedding, zeros(&weight), zeros(&[bias])).unwrap_err();
+    }
 }
 
 #[test]
