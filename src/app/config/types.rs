@@ -425,7 +425,7 @@ impl Default for MetaConfig {
 impl Default for CurriculumConfig {
     fn default() -> Self {
         Self {
-            candidates: 2,
+            candidates: 1,
             learning_rate: 0.002,
             weight: 10.0,
             warm_up: 200,

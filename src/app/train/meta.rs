@@ -86,7 +86,10 @@ impl Work<'_> {
     fn trainer(&self) -> Result<(Trainer, Option<TensorStore>)> {
         let config = settings::train_config(self.config);
         let Ok(checkpoint) = self.run.latest_checkpoint() else {
-            return Ok((Trainer::new(config, settings::starting_model(self.run, self.config)?), None));
+            return Ok((
+                Trainer::new(config, settings::starting_model(self.run, self.config)?),
+                None,
+            ));
         };
         let store = TensorStore::load(&checkpoint)?;
         let named = |error: Error| error.context(format!("`{}`", checkpoint.display()));
