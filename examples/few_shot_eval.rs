@@ -5,7 +5,7 @@
 #![allow(clippy::print_stdout)]
 
 use metazoa::access::{Surrogate, Teacher, WhiteTeacher};
-use metazoa::app::eval::{Baselines, EvalOptions, evaluate};
+use metazoa::app::eval::{Baselines, Calibration, EvalOptions, evaluate};
 use metazoa::app::ingest::{CatalogWriting, IngestOptions, ingest};
 use metazoa::app::{BatchNorm, Context, Embedder};
 use metazoa::data::EpisodeShape;
@@ -53,6 +53,7 @@ fn main() -> Result<()> {
         batch_norm: BatchNorm::Inductive,
         baselines: Baselines::Simple,
         real_data: None,
+        calibration: Calibration::Skip,
     };
     let (result, _) = evaluate(&committee, &[], &options, &context)?;
     println!("{} models: {:.3} +- {:.3}", committee.0.len(), result.accuracy, result.ci95);

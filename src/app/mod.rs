@@ -13,6 +13,7 @@ pub mod embedder;
 pub mod eval;
 pub mod export;
 pub mod files;
+pub mod icfil;
 pub mod ingest;
 pub mod ingest_output;
 pub mod ingest_probe;

@@ -8,7 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::config::EvalConfig;
-use super::eval::{Baselines, EvalOptions, EvalResult, evaluate_target};
+use super::eval::{Baselines, Calibration, EvalOptions, EvalResult, evaluate_target};
 use super::export::{ExportResult, export_run, missing_form};
 use super::report::{ReportResult, write_report};
 use super::train::{TrainOptions, TrainResult, train};
@@ -67,6 +67,7 @@ pub fn run(context: &Context, options: &TrainOptions) -> Result<RunResult> {
                 batch_norm: BatchNorm::Inductive,
                 baselines: Baselines::Simple,
                 real_data: None,
+                calibration: Calibration::Skip,
             };
             evaluations.push(evaluate_target(run.path(), &options, context)?);
         }

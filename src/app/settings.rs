@@ -64,6 +64,22 @@ pub fn eci_config(config: &RunConfig) -> EciConfig {
     }
 }
 
+/// How a model is calibrated at test time.
+pub fn icfil_config(config: &RunConfig) -> meta::IcfilConfig {
+    let own = &config.icfil;
+    meta::IcfilConfig {
+        images_per_class: own.images_per_class,
+        inversion_steps: own.inversion_steps,
+        inversion_rate: own.inversion_learning_rate / f64::from(UNIT),
+        total_variation: own.total_variation_weight,
+        size: own.l2_weight,
+        steps: own.steps,
+        rate: own.learning_rate,
+        head_steps: own.head_steps,
+        head_rate: own.head_learning_rate,
+    }
+}
+
 /// Which statistics stand in for those a model does not hold.
 pub fn surrogate(config: &RunConfig) -> Surrogate {
     match config.recover.white_box.surrogate {

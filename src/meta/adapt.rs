@@ -81,7 +81,7 @@ impl MetaModel {
         let features = tape.constant(Tensor::from_vec(features, shape, &Device::Cpu)?);
         let leaves = self.leaves(&tape);
         let head = spread(&leaves[self.backbone().parameters().len()..], support.way)?;
-        let how = (inner, inner.test_steps, Order::First);
+        let how = (inner.learning_rate, inner.test_steps, Order::First);
         let head = adapt_head(&features, support.labels, head, how)?;
         let head: Vec<Tensor> = head.iter().map(|var| var.value().clone()).collect();
         values_of(&head)
@@ -160,6 +160,45 @@ fn values_of(head: &[Tensor]) -> Result<[Vec<f32>; 2]> {
 }
 
 impl Classifier {
+    /// Nearest class mean of `features` `[n, d]` of a network, labelled in `0..way` (ProtoNet).
+    ///
+    /// # Errors
+    /// When a class has no feature.
+    pub(super) fn nearest_mean(
+        backbone: Backbone,
+        features: &[f32],
+        labels: &[usize],
+        way: usize,
+    ) -> Result<Self> {
+        let dim = features.len() / labels.len().max(1);
+        let [weight, bias] = linear_head(features, labels, dim, way)?;
+        Ok(Self { backbone, way, weight, bias })
+    }
+
+    /// The same head on another network.
+    pub(super) fn with_backbone(&self, backbone: Backbone) -> Self {
+        Self { backbone, ..self.clone() }
+    }
+
+    /// The network.
+    pub(super) fn backbone(&self) -> &Backbone {
+        &self.backbone
+    }
+
+    /// The head: `[way, d]` and `[way]`.
+    pub(super) fn head(&self) -> Result<[Tensor; 2]> {
+        let shape = (self.way, self.weight.len() / self.way.max(1));
+        let weight = Tensor::from_slice(&self.weight, shape, &Device::Cpu)?;
+        Ok([weight, Tensor::from_slice(&self.bias, self.way, &Device::Cpu)?])
+    }
+
+    /// Replaces the head.
+    pub(super) fn set_head(&mut self, head: &[Var]) -> Result<()> {
+        let head: Vec<Tensor> = head.iter().map(|var| var.value().clone()).collect();
+        [self.weight, self.bias] = values_of(&head)?;
+        Ok(())
+    }
+
     /// Number of classes.
     pub fn way(&self) -> usize {
         self.way

@@ -230,7 +230,12 @@ impl MetaModel {
             Learner::Anil(inner) => {
                 let seen = self.backbone.forward(body, task.support, mode)?;
                 let head = spread(head, task.way)?;
-                let head = adapt_head(&seen.embedding, task.labels, head, (inner, steps, order))?;
+                let head = adapt_head(
+                    &seen.embedding,
+                    task.labels,
+                    head,
+                    (inner.learning_rate, steps, order),
+                )?;
                 let seen = self.backbone.forward(body, task.query, mode)?;
                 Ok(Answer { logits: linear(&seen.embedding, &head)?, statistics: seen.statistics })
             }
@@ -382,11 +387,11 @@ pub(super) fn adapt_head(
     features: &Var,
     labels: &[usize],
     mut head: Vec<Var>,
-    (inner, steps, order): (InnerLoop, usize, Order),
+    (rate, steps, order): (f64, usize, Order),
 ) -> Result<Vec<Var>> {
     for _ in 0..steps {
         let loss = linear(features, &head)?.cross_entropy(labels)?;
-        head = descend(&loss, &head, inner.learning_rate, order)?;
+        head = descend(&loss, &head, rate, order)?;
     }
     Ok(head)
 }

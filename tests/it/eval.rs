@@ -5,7 +5,7 @@ use std::path::Path;
 use metazoa::access::library::RuntimeOptions;
 use metazoa::app::config::ExportForm;
 use metazoa::app::embedder::OnnxEmbedder;
-use metazoa::app::eval::{Baselines, EvalOptions, evaluate};
+use metazoa::app::eval::{Baselines, Calibration, EvalOptions, evaluate};
 use metazoa::app::export::export_run;
 use metazoa::app::{BatchNorm, Context, Embedder};
 use metazoa::data::EpisodeShape;
@@ -72,6 +72,7 @@ fn options(data: &Path, batch_norm: BatchNorm) -> EvalOptions {
         batch_norm,
         baselines: Baselines::All,
         real_data: None,
+        calibration: Calibration::Skip,
     }
 }
 
@@ -153,6 +154,7 @@ fn the_command_evaluates_a_run_and_keeps_result_and_episodes() {
             "--episodes",
             "30",
             "--baselines",
+            "--icfil",
             "--json",
         ],
     );
@@ -167,6 +169,10 @@ fn the_command_evaluates_a_run_and_keeps_result_and_episodes() {
         let accuracy = result["baselines"][name]["accuracy"].as_f64().unwrap();
         assert!((0.0..=1.0).contains(&accuracy), "{name}");
     }
+    let number = |name: &str| result["icfil"][name].as_f64().unwrap();
+    assert!((0.0..=1.0).contains(&number("accuracy")) && number("seconds") > 0.0, "{result}");
+    let gain = number("accuracy") - result["accuracy"].as_f64().unwrap();
+    assert!((gain - number("gain")).abs() < 1e-12 && result["baselines"]["icfil"].is_null());
     // The models of this run are nowhere: said, and no failure.
     for name in ["average", "best-model"] {
         let why = result["baselines_left_out"][name].as_str().unwrap();
@@ -184,6 +190,12 @@ fn the_command_evaluates_a_run_and_keeps_result_and_episodes() {
         .collect();
     let share: f64 = rows.iter().map(|row| row["correct"].as_f64().unwrap() / 20.0).sum();
     assert!((share / 30.0 - result["accuracy"].as_f64().unwrap()).abs() < 1e-12);
+
+    let both =
+        ["eval", "r", "--data", "pictures", "--query", "4", "--icfil", "--bn", "transductive"];
+    let refused = run_in(here.path(), &both);
+    assert_eq!(refused.code, 2, "{}", refused.stderr);
+    assert!(refused.stderr.contains("--icfil"), "{}", refused.stderr);
 
     let ran = run_in(here.path(), &["report", "r"]);
     assert_eq!((ran.code, ran.stdout.trim()), (0, "r/report.html"));

@@ -9,9 +9,11 @@ use std::path::Path;
 use serde_yaml::Value;
 
 mod backbone;
+pub mod icfil;
 pub mod types;
 
 pub use backbone::BackboneName;
+pub use icfil::IcfilConfig;
 pub use types::{
     AugmentationConfig, BlackBoxConfig, ColorConfig, Edge, EstimatorName, EvalConfig, ExportForm,
     InnerConfig, InnerOrder, LearnerName, MetaConfig, Method, RecoverConfig, RunConfig, Schedule,

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::icfil::IcfilConfig;
+
 use super::BackboneName;
 
 /// Everything that decides what a run does.
@@ -29,6 +31,8 @@ pub struct RunConfig {
     pub meta: MetaConfig,
     /// How the images move in meta-training, of method `purer`.
     pub curriculum: CurriculumConfig,
+    /// Calibration at test time, of `eval --icfil`.
+    pub icfil: IcfilConfig,
     /// Evaluation after training; null skips it.
     pub eval: Option<EvalConfig>,
     /// What `run` exports.
@@ -349,6 +353,7 @@ impl Default for RunConfig {
             recover: RecoverConfig::default(),
             meta: MetaConfig::default(),
             curriculum: CurriculumConfig::default(),
+            icfil: IcfilConfig::default(),
             eval: None,
             export: vec![ExportForm::Embedding, ExportForm::Episode],
         }

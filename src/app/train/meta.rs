@@ -34,7 +34,7 @@ impl<'a> Watching<'a> {
 
     fn try_after(&self, iteration: &Iteration, save: impl FnOnce() -> Result<()>) -> Result<()> {
         self.stage.advance(1);
-        if iteration.step % LOG_EVERY == 0 {
+        if iteration.step.is_multiple_of(LOG_EVERY) {
             self.stage.message(&format!(
                 "loss {:.3}, accuracy {:.0} %",
                 iteration.loss,
@@ -45,7 +45,11 @@ impl<'a> Watching<'a> {
                 .value("accuracy", iteration.accuracy);
             self.work.log.write(&event)?;
         }
-        if iteration.step % self.work.config.meta.checkpoint_every == 0 { save() } else { Ok(()) }
+        if iteration.step.is_multiple_of(self.work.config.meta.checkpoint_every) {
+            save()
+        } else {
+            Ok(())
+        }
     }
 
     /// After a step: whether to go on.
@@ -158,7 +162,7 @@ impl Work<'_> {
             self.context.progress.note(&format!("images of `{id}` stay as they are: {error}"));
             self.log.write(&Event::new(self.time(), "stay", step).model(id))?;
         }
-        if step % LOG_EVERY == 0 {
+        if step.is_multiple_of(LOG_EVERY) {
             self.log.write(&Event::new(self.time(), "move", step).value("loss", happened.loss))?;
         }
         let Some(hardening) = happened.hardening else { return Ok(()) };

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use crate::app::BatchNorm;
-use crate::app::eval::{Baselines, EvalOptions, EvalResult, evaluate_target};
+use crate::app::eval::{Baselines, Calibration, EvalOptions, EvalResult, evaluate_target};
 use crate::cli::printer::Printer;
 use crate::cli::settings::Settings;
 use crate::cli::{Outcome, startup};
@@ -43,6 +43,9 @@ pub(crate) struct EvalArgs {
     /// Also the untrained network, the mean and the best of the zoo's models, and pixel rules on the same episodes
     #[arg(long)]
     baselines: bool,
+    /// Also the model calibrated to each episode by inverting it (ICFIL); settings `icfil` of the run
+    #[arg(long)]
+    icfil: bool,
     /// Also the run's learner trained on real images (its training split where it has one): the upper bound
     #[arg(long, value_name = "DIR")]
     real_data: Option<PathBuf>,
@@ -68,6 +71,7 @@ pub(crate) fn run(args: &EvalArgs, settings: &Settings, printer: &Printer) -> Re
         },
         baselines: if args.baselines { Baselines::All } else { Baselines::Skip },
         real_data: args.real_data.clone(),
+        calibration: if args.icfil { Calibration::Icfil } else { Calibration::Skip },
     };
     let result = evaluate_target(&args.target, &options, &context)?;
     printer.result(&result, table)?;
@@ -88,6 +92,18 @@ pub(crate) fn table(result: &EvalResult) -> String {
     let (accuracy, ci) = (percent(result.accuracy), percent(result.ci95));
     // Writing to a `String` cannot fail.
     let _ = writeln!(text, "{:<16} {accuracy:5.1} \u{b1} {ci:.1} %", "meta-model");
+    if let Some(icfil) = &result.icfil {
+        let _ = writeln!(
+            text,
+            "{:<16} {:5.1} \u{b1} {:.1} %   gain of calibration {:+.1} \u{b1} {:.1}, {:.2} s an episode",
+            "with ICFIL",
+            percent(icfil.accuracy),
+            percent(icfil.ci95),
+            percent(icfil.gain),
+            percent(icfil.gain_ci95),
+            icfil.seconds / result.episodes.max(1) as f64
+        );
+    }
     for (name, b) in &result.baselines {
         let _ = writeln!(
             text,
