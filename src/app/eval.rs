@@ -29,6 +29,8 @@ use contest::Contest;
 
 /// The calibrated model among those that answer.
 const ICFIL: &str = "icfil";
+/// The other run's model among them.
+const AGAINST: &str = "against";
 
 /// Which baselines are evaluated beside the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +62,8 @@ pub struct EvalOptions {
     pub real_data: Option<PathBuf>,
     /// Whether the run's model also answers with calibration at test time.
     pub calibration: Calibration,
+    /// Another run, whose model answers the same episodes.
+    pub against: Option<PathBuf>,
 }
 
 /// Calibration at test time (ICFIL).
@@ -105,6 +109,9 @@ pub struct EvalResult {
     /// The model with calibration at test time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub icfil: Option<IcfilResult>,
+    /// Another run's model on the same episodes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub against: Option<AgainstResult>,
     /// What the same episodes give without the trained model.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub baselines: BTreeMap<String, BaselineResult>,
@@ -126,6 +133,21 @@ pub struct IcfilResult {
     pub gain_ci95: f64,
     /// What calibration took, over all episodes and threads.
     pub seconds: f64,
+}
+
+/// Another run's accuracy, and what the model gains over it on the same episodes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct AgainstResult {
+    /// The other run's folder.
+    pub run: PathBuf,
+    /// Mean accuracy of its model.
+    pub accuracy: f64,
+    /// Its 95 % interval.
+    pub ci95: f64,
+    /// Mean of (model - other run's model) over the episodes.
+    pub gain: f64,
+    /// Paired 95 % interval of the gain.
+    pub gain_ci95: f64,
 }
 
 /// A baseline's accuracy, and what the model gains over it on the same episodes.
@@ -161,12 +183,12 @@ pub struct EpisodeRow {
     pub correct: usize,
     /// Queries.
     pub queries: usize,
-    /// Right answers of each baseline.
+    /// Right answers of each baseline, of the calibrated model as `icfil` and of another run's as `against`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub baselines: BTreeMap<String, usize>,
 }
 
-/// Evaluates `model`; `rivals` are other networks that answer the same episodes, by name.
+/// Evaluates `model`; `rivals` are other networks that answer the same episodes, by name, each from images of its own size.
 ///
 /// # Errors
 /// When the images cannot carry the episodes, the model fails, or the user interrupts.
@@ -189,7 +211,22 @@ pub fn evaluate(
     }
     let sampler = EpisodeSampler::new(&set, options.shape, context.seed, &folder.split)
         .context(|| format!("cannot evaluate on `{}`", folder.root.display()))?;
-    let rows = run_episodes(&Contest::new(model, rivals, options, &set, context)?, &sampler)?;
+    let mut sets = vec![set];
+    for (_, rival) in rivals {
+        let size = rival.image_size();
+        if sets.iter().all(|set| set.size() != size) {
+            let (other, _) = folder.load(size)?;
+            if other.len() != sets[0].len() {
+                return Err(Error::input(format!(
+                    "the images of `{}` have changed while they were read",
+                    folder.root.display()
+                ))
+                .hint("evaluate again"));
+            }
+            sets.push(other);
+        }
+    }
+    let rows = run_episodes(&Contest::new(model, rivals, options, &sets, context)?, &sampler)?;
     let EpisodeShape { way, shot, query } = options.shape;
     let accuracies: Vec<f64> = rows.iter().map(|row| share(row.correct, row)).collect();
     let estimate = mean_with_ci(&accuracies);
@@ -205,12 +242,13 @@ pub fn evaluate(
         seconds: start.elapsed().as_secs_f64(),
         data: options.data.clone(),
         split: folder.split,
-        classes: set.classes().len(),
-        images: set.len(),
+        classes: sets[0].classes().len(),
+        images: sets[0].len(),
         rejected,
         baselines: baseline_results(&rows, &accuracies),
         baselines_left_out: BTreeMap::new(),
         icfil: None,
+        against: None,
     };
     Ok((result, rows))
 }
@@ -224,6 +262,11 @@ pub fn evaluate_target(
     options: &EvalOptions,
     context: &Context,
 ) -> Result<EvalResult> {
+    let other = match &options.against {
+        Some(path) => Some((path, other_run(path)?)),
+        None => None,
+    };
+    let against = other.iter().map(|(_, model)| (AGAINST, model as &dyn Embedder));
     if target.is_file() {
         if options.real_data.is_some() {
             return Err(Error::usage(
@@ -238,7 +281,10 @@ pub fn evaluate_target(
             .hint("evaluate the run folder"));
         }
         let model = OnnxEmbedder::open(target)?;
-        return Ok(evaluate(&model, &[], options, context)?.0);
+        let rivals: Vec<_> = against.collect();
+        let mut result = evaluate(&model, &rivals, options, context)?.0;
+        result.against = take_against(&mut result.baselines, other.as_ref().map(|(path, _)| *path));
+        return Ok(result);
     }
     let run = RunFolder::open(target)?;
     let model = ModelEmbedder::trained(&run)?;
@@ -263,7 +309,9 @@ pub fn evaluate_target(
     };
     let mut embedders = rivals.embedders();
     embedders.extend(calibrated.iter().map(|model| (ICFIL, model as &dyn Embedder)));
+    embedders.extend(against);
     let (mut result, rows) = evaluate(&model, &embedders, options, context)?;
+    result.against = take_against(&mut result.baselines, other.as_ref().map(|(path, _)| *path));
     result.icfil =
         result.baselines.remove(ICFIL).zip(calibrated).map(|(found, model)| IcfilResult {
             accuracy: found.accuracy,
@@ -284,6 +332,28 @@ pub fn evaluate_target(
         .map_err(|error| Error::internal(format!("cannot write the result: `{error}`")))?;
     run.write(&format!("eval/{name}.json"), &json)?;
     Ok(result)
+}
+
+/// The model of the run that is compared with.
+fn other_run(path: &Path) -> Result<ModelEmbedder> {
+    RunFolder::open(path)
+        .and_then(|run| ModelEmbedder::trained(&run))
+        .context(|| format!("cannot compare with `{}`", path.display()))
+}
+
+/// The other run among the baselines, taken out of them.
+fn take_against(
+    baselines: &mut BTreeMap<String, BaselineResult>,
+    run: Option<&PathBuf>,
+) -> Option<AgainstResult> {
+    let (run, found) = run.zip(baselines.remove(AGAINST))?;
+    Some(AgainstResult {
+        run: run.clone(),
+        accuracy: found.accuracy,
+        ci95: found.ci95,
+        gain: found.gain,
+        gain_ci95: found.gain_ci95,
+    })
 }
 
 /// `glyphs-meta_test-5way-1shot-inductive`: one file for each thing evaluated, replaced when it is

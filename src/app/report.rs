@@ -98,6 +98,17 @@ fn accuracy_rows(evaluations: &[EvalResult]) -> Vec<AccuracyRow> {
             cells: cells(&|result| result.baselines.get(name).map(|b| (b.accuracy, b.ci95))),
         });
     }
+    let mut others: Vec<_> =
+        evaluations.iter().flat_map(|result| &result.against).map(|other| &other.run).collect();
+    others.sort();
+    others.dedup();
+    for run in others {
+        let of = |result: &EvalResult| {
+            let other = result.against.as_ref().filter(|other| other.run == *run)?;
+            Some((other.accuracy, other.ci95))
+        };
+        rows.push(AccuracyRow { name: format!("run {}", run.display()), cells: cells(&of) });
+    }
     rows.push(AccuracyRow {
         name: "chance".into(),
         cells: cells(&|result| Some((1.0 / result.way as f64, 0.0))),
@@ -271,9 +282,12 @@ fn commands(record: &RunRecord, evaluations: &[EvalResult]) -> Vec<String> {
         } else {
             format!(" --split {}", quote(&result.split))
         };
+        let against = result.against.as_ref();
+        let against =
+            against.map(|other| format!(" --against {}", quote(&other.run.display().to_string())));
         lines.push(format!(
             "metazoa eval RUN --data {}{split} --way {} --shot {} --query {} --episodes {} --bn {} \
-             --seed {}{}",
+             --seed {}{}{}",
             quote(&result.data.display().to_string()),
             result.way,
             result.shot,
@@ -282,6 +296,7 @@ fn commands(record: &RunRecord, evaluations: &[EvalResult]) -> Vec<String> {
             result.bn.name(),
             result.seed,
             if result.baselines.is_empty() { "" } else { " --baselines" },
+            against.unwrap_or_default(),
         ));
     }
     lines

@@ -68,6 +68,7 @@ pub fn run(context: &Context, options: &TrainOptions) -> Result<RunResult> {
                 baselines: Baselines::Simple,
                 real_data: None,
                 calibration: Calibration::Skip,
+                against: None,
             };
             evaluations.push(evaluate_target(run.path(), &options, context)?);
         }

@@ -4,17 +4,19 @@ use std::path::Path;
 
 use metazoa::access::library::RuntimeOptions;
 use metazoa::app::config::ExportForm;
+use metazoa::app::config::{BackboneName, LearnerName};
 use metazoa::app::embedder::OnnxEmbedder;
 use metazoa::app::eval::{Baselines, Calibration, EvalOptions, evaluate};
 use metazoa::app::export::export_run;
-use metazoa::app::{BatchNorm, Context, Embedder};
+use metazoa::app::settings::untrained_model;
+use metazoa::app::{BatchNorm, Context, Embedder, RunConfig, RunFolder};
 use metazoa::data::EpisodeShape;
 use metazoa::meta::{Backbone, BnMode};
 use metazoa::tensor::{Images, RngStream};
 use metazoa::{Result, onnx};
 
 use crate::pictures::write_classes;
-use crate::runs::finished_run;
+use crate::runs::{finished_run, record};
 use crate::support::{run_in, runtime_options, temp_dir};
 
 const CLASSES: [&str; 6] = ["ant", "bee", "cat", "dog", "elk", "fox"];
@@ -73,6 +75,7 @@ fn options(data: &Path, batch_norm: BatchNorm) -> EvalOptions {
         baselines: Baselines::All,
         real_data: None,
         calibration: Calibration::Skip,
+        against: None,
     }
 }
 
@@ -241,6 +244,80 @@ fn the_upper_bound_is_the_runs_learner_trained_on_real_images() {
         assert_eq!((refused.code, refused.stdout.as_str()), (1, ""), "{}", refused.stderr);
         assert!(refused.stderr.contains(words), "{}", refused.stderr);
     }
+}
+
+/// A run of another image size, backbone and learner than [`finished_run`]'s, with an untrained network as checkpoint.
+fn other_run(path: &Path) -> RunFolder {
+    let mut config = RunConfig::default();
+    config.image_size = [32, 24];
+    config.meta.backbone = BackboneName::ResNet10;
+    config.meta.learner = LearnerName::Anil;
+    let run = RunFolder::create(path, &config, &record()).unwrap();
+    let network = untrained_model(&config).unwrap();
+    run.save_checkpoint(1, |file| network.save(file)).unwrap();
+    run
+}
+
+#[test]
+fn two_runs_answer_the_same_episodes_and_their_difference_is_paired() {
+    let here = temp_dir();
+    let run = finished_run(&here.path().join("r"));
+    let other = other_run(&here.path().join("other"));
+    write_classes(&here.path().join("pictures"), &CLASSES, 8, [20, 12]);
+    let eval = |run: &str, more: &[&str]| {
+        let args = ["eval", run, "--data", "pictures", "--query", "4", "--episodes", "12"];
+        run_in(here.path(), &[&args[..], more].concat())
+    };
+    let json = |run: &str, more: &[&str]| -> serde_json::Value {
+        let ran = eval(run, &[more, &["--json"]].concat());
+        assert_eq!((ran.code, ran.stderr.as_str()), (0, ""));
+        serde_json::from_str(&ran.stdout).unwrap()
+    };
+    let correct = |run: &RunFolder| -> Vec<(f64, Option<f64>)> {
+        let path = run.path().join("eval/pictures-5way-1shot-inductive.episodes.jsonl");
+        let text = std::fs::read_to_string(path).unwrap();
+        let rows =
+            text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        rows.map(|row| {
+            (row["correct"].as_f64().unwrap() / 20.0, row["baselines"]["against"].as_f64())
+        })
+        .collect()
+    };
+    let result = json("r", &["--against", "other"]);
+    let number = |name: &str| result["against"][name].as_f64().unwrap();
+    // The other run alone answers as it did here, so both saw the same images at their own sizes.
+    let (rows, alone) = (correct(&run), json("other", &[]));
+    let theirs: Vec<f64> = correct(&other).into_iter().map(|row| row.0).collect();
+    assert_eq!(alone["accuracy"], result["against"]["accuracy"]);
+    assert!(rows.iter().zip(&theirs).all(|(row, own)| row.1 == Some(own * 20.0)));
+    let gaps: Vec<f64> = rows.iter().zip(&theirs).map(|(row, own)| row.0 - own).collect();
+    assert!(gaps.iter().any(|gap| *gap != gaps[0]), "nothing to compare: {gaps:?}");
+    let mean = gaps.iter().sum::<f64>() / 12.0;
+    let variance = gaps.iter().map(|gap| (gap - mean).powi(2)).sum::<f64>() / 11.0;
+    assert!((number("gain") - mean).abs() < 1e-12);
+    assert!((number("gain_ci95") - 1.96 * (variance / 12.0).sqrt()).abs() < 1e-12, "{result}");
+    assert!(result["baselines"].is_null() && result["against"]["run"] == "other");
+    let kept = run.path().join("eval/pictures-5way-1shot-inductive.json");
+    let kept: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(kept).unwrap()).unwrap();
+    assert_eq!(kept, result);
+    let schema = run_in(here.path(), &["schema", "eval"]).stdout;
+    let schema: serde_json::Value = serde_json::from_str(&schema).unwrap();
+    assert!(jsonschema::is_valid(&schema, &result), "the result fits its own schema");
+
+    let same = eval("r", &["--against", "r"]);
+    assert!(same.stdout.contains("other run") && same.stdout.contains("+0.0 \u{b1} 0.0, `r`"));
+    assert_eq!(run_in(here.path(), &["report", "r"]).code, 0);
+    let page = std::fs::read_to_string(run.path().join("report.html")).unwrap();
+    assert!(page.contains("run r"), "the page has a row of the other run");
+
+    let refused = eval("r", &["--against", "pictures"]);
+    assert_eq!((refused.code, refused.stdout.as_str()), (1, ""));
+    insta::assert_snapshot!(refused.stderr, @r"
+    error: cannot compare with `pictures`
+      caused by: not a run folder: `pictures`
+    hint: a run folder holds `run.json` and `config.yaml`, made by `metazoa train`
+    ");
 }
 
 #[test]

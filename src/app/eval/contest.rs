@@ -28,52 +28,68 @@ enum Features<'a> {
 /// Classes of queries from support and query vectors, their length and the number of classes.
 type Nearest = fn(&[f32], &[f32], usize, usize) -> Vec<usize>;
 
+/// One of those that answer: its vectors, the rule on them, and the images at the size it takes.
+struct Entrant<'a> {
+    features: Features<'a>,
+    rule: Nearest,
+    set: &'a ImageSet,
+}
+
 /// Everything that answers the same episodes: the model first, then the baselines.
 pub(super) struct Contest<'a> {
-    model: Features<'a>,
-    baselines: Vec<(&'static str, Features<'a>, Nearest)>,
-    set: &'a ImageSet,
+    model: Entrant<'a>,
+    baselines: Vec<(&'static str, Entrant<'a>)>,
     pub(super) context: &'a Context,
     pub(super) episodes: u64,
 }
 
 impl<'a> Contest<'a> {
+    /// `sets` holds the same images once for each size that one of the models takes, the model's own first.
     pub(super) fn new(
         model: &'a dyn Embedder,
         rivals: &[(&'static str, &'a dyn Embedder)],
         options: &EvalOptions,
-        set: &'a ImageSet,
+        sets: &'a [ImageSet],
         context: &'a Context,
     ) -> Result<Self> {
         let batch_norm = options.batch_norm;
-        let features = |model: &'a dyn Embedder| match (model.rule(), batch_norm) {
-            (Rule::Adapting, _) => Ok(Features::Adapting { model, batch_norm }),
-            (Rule::NearestMean, BatchNorm::Inductive) => {
-                let values = embed_all(model, set, context)?;
-                Ok::<_, Error>(Features::Table { values, dim: model.dim() })
-            }
-            (Rule::NearestMean, BatchNorm::Transductive) => Ok(Features::PerEpisode { model }),
+        let entrant = |model: &'a dyn Embedder| {
+            let size = model.image_size();
+            let set = sets.iter().find(|set| set.size() == size);
+            let set =
+                set.ok_or_else(|| Error::internal(format!("no images of size `{size:?}`")))?;
+            let features = match (model.rule(), batch_norm) {
+                (Rule::Adapting, _) => Features::Adapting { model, batch_norm },
+                (Rule::NearestMean, BatchNorm::Inductive) => {
+                    let values = embed_all(model, set, context)?;
+                    Features::Table { values, dim: model.dim() }
+                }
+                (Rule::NearestMean, BatchNorm::Transductive) => Features::PerEpisode { model },
+            };
+            Ok::<_, Error>(Entrant { features, rule: nearest_prototype, set })
         };
-        let mut baselines: Vec<(&'static str, Features<'a>, Nearest)> = Vec::new();
-        for (name, rival) in rivals {
-            baselines.push((name, features(*rival)?, nearest_prototype));
+        let mut baselines = Vec::new();
+        for &(name, rival) in rivals {
+            baselines.push((name, entrant(rival)?));
         }
+        let model = entrant(model)?;
         if options.baselines != Baselines::Skip {
-            baselines.push(("pixel-nearest", Features::Pixels, nearest_neighbour));
-            baselines.push(("pixel-prototype", Features::Pixels, nearest_prototype));
+            let pixels = |rule| Entrant { features: Features::Pixels, rule, set: model.set };
+            baselines.push(("pixel-nearest", pixels(nearest_neighbour)));
+            baselines.push(("pixel-prototype", pixels(nearest_prototype)));
         }
-        Ok(Self { model: features(model)?, baselines, set, context, episodes: options.episodes })
+        Ok(Self { model, baselines, context, episodes: options.episodes })
     }
 
     pub(super) fn answer(&self, episode: &Episode) -> Result<EpisodeRow> {
-        let answers = self.answers(&self.model, nearest_prototype, episode)?;
+        let answers = self.model.answers(episode)?;
         let mut baselines = BTreeMap::new();
-        for (name, features, rule) in &self.baselines {
-            let answers = self.answers(features, *rule, episode)?;
+        for (name, entrant) in &self.baselines {
+            let answers = entrant.answers(episode)?;
             baselines.insert((*name).to_owned(), count_right(&answers, episode));
         }
         let classes: Vec<&ClassImages> =
-            episode.classes.iter().map(|&class| &self.set.classes()[class]).collect();
+            episode.classes.iter().map(|&class| &self.model.set.classes()[class]).collect();
         let places = |images: &[usize]| {
             let by_class = images.chunks_exact((images.len() / classes.len()).max(1));
             let of = |(images, class): (&[usize], &&ClassImages)| {
@@ -92,14 +108,11 @@ impl<'a> Contest<'a> {
             baselines,
         })
     }
+}
 
-    fn answers(
-        &self,
-        features: &Features<'_>,
-        rule: Nearest,
-        episode: &Episode,
-    ) -> Result<Vec<usize>> {
-        if let Features::Adapting { model, batch_norm } = features {
+impl Entrant<'_> {
+    fn answers(&self, episode: &Episode) -> Result<Vec<usize>> {
+        if let Features::Adapting { model, batch_norm } = &self.features {
             let way = episode.classes.len();
             let shot = episode.support.len() / way.max(1);
             let labels: Vec<usize> =
@@ -109,7 +122,7 @@ impl<'a> Contest<'a> {
             let images = Labelled { support: &support, labels: &labels, query: &query, way };
             return model.learn(&images, *batch_norm);
         }
-        let (support, queries, dim) = self.vectors(features, episode)?;
+        let (support, queries, dim) = self.vectors(episode)?;
         if support.iter().chain(&queries).any(|value| !value.is_finite()) {
             return Err(Error::internal(format!(
                 "the model gives infinite or undefined vectors in episode `{}`",
@@ -117,17 +130,13 @@ impl<'a> Contest<'a> {
             ))
             .hint("training has diverged: lower `meta.learning_rate`"));
         }
-        Ok(rule(&support, &queries, dim, episode.classes.len()))
+        Ok((self.rule)(&support, &queries, dim, episode.classes.len()))
     }
 
     /// Support and query vectors and their length.
-    fn vectors(
-        &self,
-        features: &Features<'_>,
-        episode: &Episode,
-    ) -> Result<(Vec<f32>, Vec<f32>, usize)> {
+    fn vectors(&self, episode: &Episode) -> Result<(Vec<f32>, Vec<f32>, usize)> {
         let pixels = |indices: &[usize]| self.set.select(indices).into_data();
-        match features {
+        match &self.features {
             Features::Table { values, dim } => {
                 let gather = |indices: &[usize]| {
                     indices.iter().flat_map(|&i| &values[i * dim..(i + 1) * dim]).copied().collect()

@@ -49,6 +49,9 @@ pub(crate) struct EvalArgs {
     /// Also the run's learner trained on real images (its training split where it has one): the upper bound
     #[arg(long, value_name = "DIR")]
     real_data: Option<PathBuf>,
+    /// Also another run's model on the same episodes, and the paired difference
+    #[arg(long, value_name = "RUN")]
+    against: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -72,6 +75,7 @@ pub(crate) fn run(args: &EvalArgs, settings: &Settings, printer: &Printer) -> Re
         baselines: if args.baselines { Baselines::All } else { Baselines::Skip },
         real_data: args.real_data.clone(),
         calibration: if args.icfil { Calibration::Icfil } else { Calibration::Skip },
+        against: args.against.clone(),
     };
     let result = evaluate_target(&args.target, &options, &context)?;
     printer.result(&result, table)?;
@@ -102,6 +106,18 @@ pub(crate) fn table(result: &EvalResult) -> String {
             percent(icfil.gain),
             percent(icfil.gain_ci95),
             icfil.seconds / result.episodes.max(1) as f64
+        );
+    }
+    if let Some(other) = &result.against {
+        let _ = writeln!(
+            text,
+            "{:<16} {:5.1} \u{b1} {:.1} %   gain over it {:+.1} \u{b1} {:.1}, `{}`",
+            "other run",
+            percent(other.accuracy),
+            percent(other.ci95),
+            percent(other.gain),
+            percent(other.gain_ci95),
+            other.run.display()
         );
     }
     for (name, b) in &result.baselines {
