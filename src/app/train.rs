@@ -143,6 +143,7 @@ pub fn train(context: &Context, options: &TrainOptions) -> Result<TrainResult> {
     let work = Work { context, options, config: &config, run: &run, log: &log, begin };
     let result = work.recover(&found, &specs).and_then(|(bank, recover)| {
         let begin_meta = Instant::now();
+        let bank = work.merged(bank);
         let (reason, steps) = match config.method {
             Method::Inversion => work.meta_train(&bank)?,
             Method::Purer => work.meta_train_moving(&found, &specs, &bank)?,

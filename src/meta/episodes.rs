@@ -1,11 +1,13 @@
 //! Pseudo episodes: which classes and images one training step sees.
 
+use std::collections::BTreeMap;
+
 use crate::error::{Error, Result};
 use crate::tensor::RngStream;
 
 /// Labelled images to draw episodes from, for instance those recovered from the models of a zoo.
-/// The classes of different models are different classes here, even where they mean the same thing:
-/// nobody knows.
+/// The classes of different models are different classes, even where they mean the same thing: nobody
+/// knows. Where somebody does, [`ClassSource::meaning`] tells.
 pub trait ClassSource: Sync {
     /// Number of classes, of all models together.
     fn n_classes(&self) -> usize;
@@ -15,6 +17,12 @@ pub trait ClassSource: Sync {
 
     /// The model that a class comes from, any number that tells models apart.
     fn source_model(&self, class: usize) -> usize;
+
+    /// The class that `class` counts as: of several that mean the same, the lowest number. Such classes are one class
+    /// in episodes that mix models.
+    fn meaning(&self, class: usize) -> usize {
+        class
+    }
 
     /// Height and width of every image.
     fn image_size(&self) -> [usize; 2];
@@ -37,6 +45,9 @@ pub struct Episode {
     pub query_labels: Vec<usize>,
 }
 
+/// A class as episodes see it: the source's classes that mean it, each with its number of images.
+type Group = Vec<(usize, usize)>;
+
 /// Draws episodes from a source.
 #[derive(Debug, Clone)]
 pub struct EpisodeSampler {
@@ -44,16 +55,16 @@ pub struct EpisodeSampler {
     shot: usize,
     query: usize,
     cross_model_share: f64,
-    /// Usable classes with their number of images.
-    classes: Vec<(usize, usize)>,
-    /// Positions in `classes` of each model that can fill an episode on its own.
-    by_model: Vec<Vec<usize>>,
+    /// Usable classes.
+    classes: Vec<Group>,
+    /// Those of each model that can fill an episode on its own, with its own images only.
+    by_model: Vec<Vec<Group>>,
 }
 
 impl EpisodeSampler {
-    /// A sampler over the classes of `source` that have `shot + query` images. A share
-    /// `cross_model_share` of the episodes draws from all classes, the rest from the classes of one
-    /// model; where no model has `way` usable classes, every episode draws from all.
+    /// A sampler over the classes of `source` that have `shot + query` images, where those that mean the same count as
+    /// one. A share `cross_model_share` of the episodes draws from all classes, the rest from the classes and images of
+    /// one model; where no model has `way` usable classes, every episode draws from all.
     ///
     /// # Errors
     /// When fewer than `way` classes have enough images, or a number makes no sense.
@@ -64,57 +75,61 @@ impl EpisodeSampler {
         query: usize,
         cross_model_share: f64,
     ) -> Result<Self> {
+        let all: Vec<usize> = (0..source.n_classes()).collect();
+        Self::among(source, &all, [way, shot, query], cross_model_share)
+    }
+
+    /// The same over `classes` only.
+    ///
+    /// # Errors
+    /// As [`EpisodeSampler::new`].
+    pub(super) fn among(
+        source: &dyn ClassSource,
+        classes: &[usize],
+        [way, shot, query]: [usize; 3],
+        cross_model_share: f64,
+    ) -> Result<Self> {
         if way < 2 || shot == 0 || query == 0 || !(0.0..=1.0).contains(&cross_model_share) {
             return Err(Error::usage(format!(
                 "an episode of {way} ways, {shot} shots, {query} queries with a cross-model share of `{cross_model_share}`"
             ))
             .hint("use at least 2 ways, 1 shot, 1 query and a share from 0 to 1"));
         }
-        let classes: Vec<(usize, usize)> = (0..source.n_classes())
-            .map(|class| (class, source.images_in(class)))
-            .filter(|&(_, images)| images >= shot + query)
-            .collect();
-        if classes.len() < way {
+        let usable = groups(source, classes, shot + query);
+        if usable.len() < way {
             return Err(Error::input(format!(
                 "a {way}-way episode needs {way} classes of {} images, the bank has `{}`",
                 shot + query,
-                classes.len()
+                usable.len()
             ))
             .hint("recover more images a class, or lower `shot` and `query`"));
         }
-        let mut models: Vec<usize> =
-            classes.iter().map(|&(class, _)| source.source_model(class)).collect();
-        models.sort_unstable();
-        models.dedup();
+        let mut models: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for &class in classes {
+            models.entry(source.source_model(class)).or_default().push(class);
+        }
         let by_model = models
-            .into_iter()
-            .map(|model| -> Vec<usize> {
-                (0..classes.len())
-                    .filter(|&at| source.source_model(classes[at].0) == model)
-                    .collect()
-            })
+            .values()
+            .map(|own| groups(source, own, shot + query))
             .filter(|own| own.len() >= way)
             .collect();
-        Ok(Self { way, shot, query, cross_model_share, classes, by_model })
+        Ok(Self { way, shot, query, cross_model_share, classes: usable, by_model })
     }
 
     /// Draws one episode.
     pub fn draw(&self, rng: &mut RngStream) -> Episode {
         let across = f64::from(rng.uniform()) < self.cross_model_share || self.by_model.is_empty();
-        let chosen: Vec<usize> = if across {
-            rng.sample(self.classes.len(), self.way)
-        } else {
-            let own = &self.by_model[rng.below(self.by_model.len())];
-            rng.sample(own.len(), self.way).into_iter().map(|at| own[at]).collect()
-        };
+        let from =
+            if across { &self.classes } else { &self.by_model[rng.below(self.by_model.len())] };
         let mut support = Vec::with_capacity(self.way * self.shot);
         let mut query = Vec::with_capacity(self.way * self.query);
-        for at in chosen {
-            let (class, images) = self.classes[at];
+        for at in rng.sample(from.len(), self.way) {
+            let group = &from[at];
+            let images = group.iter().map(|(_, images)| images).sum();
             let drawn = rng.sample(images, self.shot + self.query);
             let (first, rest) = drawn.split_at(self.shot);
-            support.extend(first.iter().map(|&index| (class, index)));
-            query.extend(rest.iter().map(|&index| (class, index)));
+            support.extend(first.iter().map(|&image| place(group, image)));
+            query.extend(rest.iter().map(|&image| place(group, image)));
         }
         let labels = |each: usize| (0..self.way * each).map(|i| i / each).collect();
         support.append(&mut query);
@@ -124,4 +139,25 @@ impl EpisodeSampler {
             query_labels: labels(self.query),
         }
     }
+}
+
+/// `classes` by what they mean, in the order of their first; those with fewer than `least` images are left out.
+fn groups(source: &dyn ClassSource, classes: &[usize], least: usize) -> Vec<Group> {
+    let mut groups: BTreeMap<usize, Group> = BTreeMap::new();
+    for &class in classes {
+        let group = groups.entry(source.meaning(class)).or_default();
+        group.push((class, source.images_in(class)));
+    }
+    let images = |group: &Group| group.iter().map(|(_, images)| images).sum::<usize>();
+    groups.into_values().filter(|group| images(group) >= least).collect()
+}
+
+/// Class and index of image `image` of a group.
+fn place(group: &Group, image: usize) -> (usize, usize) {
+    let (mut at, mut index) = (0, image);
+    while index >= group[at].1 {
+        index -= group[at].1;
+        at += 1;
+    }
+    (group[at].0, index)
 }

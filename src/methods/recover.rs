@@ -13,7 +13,7 @@ use crate::zoo::Access;
 
 use super::generate::{GenerateConfig, generate};
 use super::invert::{InvertConfig, invert};
-use super::parts::ModelImages;
+use super::parts::{ModelImages, Naming};
 
 /// What to recover.
 #[derive(Debug, Clone, PartialEq)]
@@ -181,12 +181,15 @@ pub fn recover_one(
         classes.extend(labels);
         done += chosen.len();
     }
-    let labels = if spec.labels.len() == spec.classes {
-        spec.labels[..done].to_vec()
+    // The file keeps one name a line.
+    let whole = spec.labels.iter().all(|label| !label.contains('\n'));
+    let (labels, naming) = if spec.labels.len() == spec.classes && whole {
+        (spec.labels[..done].to_vec(), Naming::Named)
     } else {
-        (0..done).map(|class| class.to_string()).collect()
+        ((0..done).map(|class| class.to_string()).collect(), Naming::Numbered)
     };
-    let images = ModelImages::new(&spec.id, labels, classes, &images);
+    let mut images = ModelImages::new(&spec.id, labels, classes, &images);
+    images.naming = naming;
     let agreement = agreement(teacher, &images)?;
     if agreement.is_nan() {
         stop = RecoverStop::BudgetSpent;

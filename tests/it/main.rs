@@ -29,4 +29,5 @@ mod support;
 mod tape;
 mod tidy;
 mod trainable;
+mod training;
 mod zoo;

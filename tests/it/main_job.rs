@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::support::{metazoa, repository, run_in, temp_dir};
 
 /// Copies models (and their sidecars) of the bundled zoo into `DIR/zoo`.
-fn small_zoo(dir: &Path, names: &[&str]) -> PathBuf {
+pub(crate) fn small_zoo(dir: &Path, names: &[&str]) -> PathBuf {
     let zoo = dir.join("zoo");
     std::fs::create_dir_all(&zoo).unwrap();
     for name in names {
@@ -20,7 +20,7 @@ fn small_zoo(dir: &Path, names: &[&str]) -> PathBuf {
     zoo
 }
 
-const CONV4: [&str; 2] = ["ss_001_glyphs_conv4_32", "ss_011_glyphs_conv4_32"];
+pub(crate) const CONV4: [&str; 2] = ["ss_001_glyphs_conv4_32", "ss_011_glyphs_conv4_32"];
 /// Settings that make a run of seconds.
 const QUICK: [&str; 8] = [
     "-s",
@@ -33,7 +33,7 @@ const QUICK: [&str; 8] = [
     "meta.query=3",
 ];
 
-fn train(dir: &Path, out: &str, more: &[&str]) -> crate::support::Ran {
+pub(crate) fn train(dir: &Path, out: &str, more: &[&str]) -> crate::support::Ran {
     let mut args = vec!["train", "zoo", "--out", out, "--json"];
     args.extend(QUICK);
     args.extend(more);
@@ -101,7 +101,7 @@ fn a_killed_run_with_moving_images_resumes_to_the_bytes_of_an_uninterrupted_one(
     assert!(10 * climbed >= 8 * hard.len(), "harder {climbed} of {} times", hard.len());
 }
 
-fn kill_and_resume(more: &[&str]) -> tempfile::TempDir {
+pub(crate) fn kill_and_resume(more: &[&str]) -> tempfile::TempDir {
     let dir = temp_dir();
     small_zoo(dir.path(), &CONV4);
     let mut settings = vec!["-s", "meta.steps=40", "-s", "meta.checkpoint_every=5"];

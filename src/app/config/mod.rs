@@ -16,8 +16,8 @@ pub use backbone::BackboneName;
 pub use icfil::IcfilConfig;
 pub use types::{
     AugmentationConfig, BlackBoxConfig, ColorConfig, Edge, EstimatorName, EvalConfig, ExportForm,
-    InnerConfig, InnerOrder, LearnerName, MetaConfig, Method, RecoverConfig, RunConfig, Schedule,
-    SurrogateName, WhiteBoxConfig,
+    InnerConfig, InnerOrder, LearnerName, MergeClasses, MetaConfig, Method, RecoverConfig,
+    RunConfig, Schedule, SurrogateName, WhiteBoxConfig,
 };
 
 use crate::error::{Error, Result, ResultExt};

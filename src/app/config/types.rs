@@ -198,6 +198,8 @@ pub struct MetaConfig {
     pub schedule: Schedule,
     /// Share of the episodes that mix classes of several models, 0 to 1.
     pub cross_model_share: f64,
+    /// Whether classes of several models count as one where sidecars give them one name.
+    pub merge_classes: MergeClasses,
     /// What is done to the images of an episode.
     pub augmentation: AugmentationConfig,
     /// Steps between checkpoints.
@@ -256,6 +258,17 @@ pub enum InnerOrder {
     Second,
     /// The steps' gradients count as constants.
     First,
+}
+
+/// Which classes of several models count as one class.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum MergeClasses {
+    /// None: each class of each model is a class of its own.
+    Never,
+    /// Those that sidecars (`id2label`) give the same name, leading and trailing spaces aside. Classes without a name
+    /// stay on their own.
+    ByName,
 }
 
 /// How the learning rate moves over the steps.
@@ -421,6 +434,7 @@ impl Default for MetaConfig {
             learning_rate: 2e-3,
             schedule: Schedule::Cosine,
             cross_model_share: 1.0,
+            merge_classes: MergeClasses::Never,
             augmentation: AugmentationConfig::default(),
             checkpoint_every: 100,
         }

@@ -3,12 +3,13 @@
 use std::ops::ControlFlow;
 
 use super::Work;
+use crate::app::config::MergeClasses;
 use crate::app::ingest::Ingest;
 use crate::app::progress::Stage;
 use crate::app::settings;
 use crate::app::teachers::{Lenders, open};
 use crate::error::{Error, Result};
-use crate::meta::{Iteration, Limits, StopReason, Trainer};
+use crate::meta::{ClassSource, Iteration, Limits, StopReason, Trainer};
 use crate::methods::parts::{DynamicSet, ImageBank};
 use crate::methods::{Eci, EciStep};
 use crate::report::Event;
@@ -86,6 +87,17 @@ impl<'a> Watching<'a> {
 }
 
 impl Work<'_> {
+    /// The bank with the classes merged that the settings say, and says how many.
+    pub(super) fn merged(&self, mut bank: ImageBank) -> ImageBank {
+        if self.config.meta.merge_classes == MergeClasses::ByName {
+            let (all, merged) = (bank.n_classes(), bank.merge_by_name());
+            self.context
+                .progress
+                .note(&format!("classes merged by name: {all} classes count as {}", all - merged));
+        }
+        bank
+    }
+
     /// The trainer of the newest checkpoint, with all that is in it, or an untrained one.
     fn trainer(&self) -> Result<(Trainer, Option<TensorStore>)> {
         let config = settings::train_config(self.config);

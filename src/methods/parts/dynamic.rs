@@ -233,6 +233,10 @@ impl ClassSource for DynamicSet<'_> {
         self.bank.source_model(class)
     }
 
+    fn meaning(&self, class: usize) -> usize {
+        self.bank.meaning(class)
+    }
+
     fn image_size(&self) -> [usize; 2] {
         self.bank.image_size()
     }

@@ -7,7 +7,7 @@ pub mod generator;
 pub mod losses;
 pub mod priors;
 
-pub use bank::{ImageBank, ModelImages};
+pub use bank::{ImageBank, ModelImages, Naming};
 pub use dynamic::DynamicSet;
 pub use generator::Generator;
 pub use losses::CrossEntropy;
