@@ -54,6 +54,7 @@ fn main() -> Result<()> {
         baselines: Baselines::Simple,
         real_data: None,
         calibration: Calibration::Skip,
+        against: None,
     };
     let (result, _) = evaluate(&committee, &[], &options, &context)?;
     println!("{} models: {:.3} +- {:.3}", committee.0.len(), result.accuracy, result.ci95);

@@ -156,13 +156,21 @@ impl Embedder for ModelEmbedder {
     fn learn(&self, episode: &Labelled<'_>, batch_norm: BatchNorm) -> Result<Vec<usize>> {
         let Labelled { support, labels, query, way } = *episode;
         let answer = self.model.classify(support, labels, query, way, batch_norm.mode())?;
-        if answer.logits.iter().any(|logit| !logit.is_finite()) {
-            return Err(Error::internal("the model gives infinite or undefined logits").hint(
+        all_finite(&answer.logits).map_err(|error| {
+            error.hint(
                 "training has diverged: lower `meta.learning_rate` or `meta.inner.learning_rate`",
-            ));
-        }
+            )
+        })?;
         Ok(answer.predictions)
     }
+}
+
+/// Refuses logits that are no numbers.
+pub(super) fn all_finite(logits: &[f32]) -> Result<()> {
+    if logits.iter().all(|logit| logit.is_finite()) {
+        return Ok(());
+    }
+    Err(Error::internal("the model gives infinite or undefined logits"))
 }
 
 /// An exported embedding, run by our own engine.

@@ -299,13 +299,7 @@ pub fn evaluate_target(
     }
     let calibrated = match options.calibration {
         Calibration::Skip => None,
-        Calibration::Icfil if options.batch_norm == BatchNorm::Inductive => {
-            Some(Calibrated::of(&run)?)
-        }
-        Calibration::Icfil => {
-            return Err(Error::usage("calibration needs the normalisation statistics of training")
-                .hint("leave out `--bn transductive` or `--icfil`"));
-        }
+        Calibration::Icfil => Some(Calibrated::of(&run, options.batch_norm)?),
     };
     let mut embedders = rivals.embedders();
     embedders.extend(calibrated.iter().map(|model| (ICFIL, model as &dyn Embedder)));

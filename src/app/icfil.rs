@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::embedder::{BatchNorm, Embedder, Labelled, Rule};
+use super::embedder::{BatchNorm, Embedder, Labelled, Rule, all_finite};
 use super::run_folder::RunFolder;
 use super::settings;
 use crate::error::{Error, Result, ResultExt};
@@ -22,11 +22,15 @@ pub struct Calibrated {
 }
 
 impl Calibrated {
-    /// The newest checkpoint of `run`, calibrated as its settings say.
+    /// The newest checkpoint of `run`, calibrated as its settings say, for an evaluation that normalises so.
     ///
     /// # Errors
-    /// When the run has no usable checkpoint.
-    pub fn of(run: &RunFolder) -> Result<Self> {
+    /// When the run has no usable checkpoint; and for anything but the statistics of training.
+    pub fn of(run: &RunFolder, batch_norm: BatchNorm) -> Result<Self> {
+        if batch_norm != BatchNorm::Inductive {
+            return Err(Error::usage("calibration needs the normalisation statistics of training")
+                .hint("leave out `--bn transductive` or `--icfil`"));
+        }
         let config = run.config()?;
         Ok(Self {
             model: MetaModel::load(&run.latest_checkpoint()?)?,
@@ -61,12 +65,7 @@ impl Embedder for Calibrated {
         Rule::Adapting
     }
 
-    fn learn(&self, episode: &Labelled<'_>, batch_norm: BatchNorm) -> Result<Vec<usize>> {
-        if batch_norm != BatchNorm::Inductive {
-            return Err(Error::internal(
-                "calibration has the normalisation statistics of training",
-            ));
-        }
+    fn learn(&self, episode: &Labelled<'_>, _batch_norm: BatchNorm) -> Result<Vec<usize>> {
         let begin = Instant::now();
         let Labelled { support, labels, query, way } = *episode;
         // The same noise in every episode: an episode's answer does not depend on its number.
@@ -77,10 +76,9 @@ impl Embedder for Calibrated {
         let logits = classifier.logits(query)?;
         let spent = begin.elapsed().as_nanos().min(u128::from(u64::MAX)) as u64;
         self.nanoseconds.fetch_add(spent, Ordering::Relaxed);
-        if logits.iter().any(|logit| !logit.is_finite()) {
-            return Err(Error::internal("the calibrated model gives infinite or undefined logits")
-                .hint("lower `icfil.learning_rate` in the run's config.yaml"));
-        }
+        all_finite(&logits)
+            .context(|| "calibration has diverged".into())
+            .map_err(|error| error.hint("lower `icfil.learning_rate` in the run's config.yaml"))?;
         Ok(classifier.predictions(&logits))
     }
 }

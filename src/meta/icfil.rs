@@ -9,13 +9,16 @@ use candle_core::{Device, Tensor};
 
 use super::adapt::{Classifier, SupportImages};
 use super::backbone::{Backbone, BnMode};
-use super::learner::{Learner, MetaModel, adapt_head, linear};
+use super::learner::{Learner, MetaModel, adapt_head};
 use crate::error::Result;
+use crate::graph::{CompileOptions, Gradient, Plan, Taps};
+use crate::tensor::losses::cross_entropy_gradient;
+use crate::tensor::priors::{size, total_variation};
 use crate::tensor::tape::{KeepDims, Order, Tape, Var, grad};
 use crate::tensor::{Adam, AdamOptions, Images, RngStream};
 
 /// Middle and unit of the standardised pixels that are inverted, in canonical values.
-const STANDARD: [f64; 2] = [0.5, 0.25];
+const STANDARD: [f32; 2] = [0.5, 0.25];
 /// Standardised pixels of canonical 0 and 1.
 const RANGE: f32 = 2.0;
 /// Added to squared lengths.
@@ -92,31 +95,6 @@ fn unit_rows(features: &Var) -> Result<Var> {
     features.div(&length.broadcast_to(features.dims())?)
 }
 
-/// `sqrt` of the sum of squares of all elements.
-fn norm(values: &Var) -> Result<Var> {
-    values.square()?.sum_all()?.affine(1.0, TINY)?.sqrt()
-}
-
-/// Total variation of `[n, 3, H, W]`: norms of the four differences of neighbours (PURER sec. 2.2).
-fn total_variation(z: &Var) -> Result<Var> {
-    let (height, width) = (z.dims()[2], z.dims()[3]);
-    let part = |y: usize, x: usize, h: usize, w: usize| z.narrow(2, y, h)?.narrow(3, x, w);
-    let down = norm(&part(1, 0, height - 1, width)?.sub(&part(0, 0, height - 1, width)?)?)?;
-    let right = norm(&part(0, 1, height, width - 1)?.sub(&part(0, 0, height, width - 1)?)?)?;
-    let (h, w) = (height - 1, width - 1);
-    let falling = norm(&part(1, 1, h, w)?.sub(&part(0, 0, h, w)?)?)?;
-    let rising = norm(&part(1, 0, h, w)?.sub(&part(0, 1, h, w)?)?)?;
-    down.add(&right)?.add(&falling)?.add(&rising)
-}
-
-fn images_on(tape: &Tape, images: &Images) -> Result<Var> {
-    Ok(tape.constant(Tensor::from_slice(images.data(), &images.shape(), &Device::Cpu)?))
-}
-
-fn constants<'a>(tape: &Tape, values: impl Iterator<Item = &'a Tensor>) -> Vec<Var> {
-    values.map(|value| tape.constant(value.clone())).collect()
-}
-
 impl MetaModel {
     /// The classifier that this learner makes of `support` (`labels` in `0..way`), calibrated. Normalisation has the
     /// statistics of training ([`BnMode::Running`]). The noise that pseudo images start from is drawn from `rng`.
@@ -136,14 +114,15 @@ impl MetaModel {
         let [_, _, height, width] = support.shape();
         let (pseudo, own) = invert(&adapted, [height, width], config, rng)?;
         let mut backbone = adapted.backbone().clone();
+        let mut both = support.clone();
+        both.extend(&pseudo)?;
         for _ in 0..config.steps {
             let tape = Tape::new();
-            let body: Vec<Var> =
-                backbone.parameters().iter().map(|p| tape.leaf(p.value.clone())).collect();
-            let features = |images: &Images| -> Result<Var> {
-                Ok(backbone.forward(&body, &images_on(&tape, images)?, BnMode::Running)?.embedding)
-            };
-            let (real, fake) = (features(support)?, features(&pseudo)?);
+            let body = backbone.leaves(&tape);
+            let images = Tensor::from_slice(both.data(), &both.shape(), &Device::Cpu)?;
+            let seen = backbone.forward(&body, &tape.constant(images), BnMode::Running)?.embedding;
+            let real = seen.narrow(0, 0, labels.len())?;
+            let fake = seen.narrow(0, labels.len(), own.len())?;
             let value = loss.value(
                 Labelled { features: &real, labels },
                 Labelled { features: &fake, labels: &own },
@@ -156,15 +135,17 @@ impl MetaModel {
             let moved: Result<Vec<Tensor>> = body.iter().zip(gradients).map(step).collect();
             backbone.set_parameters(moved?)?;
         }
-        self.calibrate_head(&adapted, backbone, [(support, labels), (&pseudo, &own)], config)
+        self.calibrate_head(&adapted, backbone, (support, labels), (&both, &own), config)
     }
 
-    /// The classifier of a calibrated network: its head (ProtoNet's from the new features) takes its own steps.
+    /// The classifier of a calibrated network: its head (ProtoNet's from the new features of the support images) takes its
+    /// own steps on `both`, support and then pseudo images, which `own` labels.
     fn calibrate_head(
         &self,
         adapted: &Classifier,
         backbone: Backbone,
-        [(support, labels), (pseudo, own)]: [(&Images, &[usize]); 2],
+        (support, labels): (&Images, &[usize]),
+        (both, own): (&Images, &[usize]),
         config: &IcfilConfig,
     ) -> Result<Classifier> {
         let mut classifier = match self.learner() {
@@ -177,10 +158,8 @@ impl MetaModel {
         if config.head_steps == 0 {
             return Ok(classifier);
         }
-        let mut both = support.clone();
-        both.extend(pseudo)?;
         let all: Vec<usize> = labels.iter().chain(own).copied().collect();
-        let features = classifier.backbone().embed(&both, BnMode::Running)?;
+        let features = classifier.backbone().embed(both, BnMode::Running)?;
         let shape = (all.len(), features.len() / all.len().max(1));
         let tape = Tape::new();
         let features = tape.constant(Tensor::from_vec(features, shape, &Device::Cpu)?);
@@ -194,38 +173,48 @@ impl MetaModel {
 
 /// Pseudo images of an adapted model, class after class, and their labels: cross-entropy, total variation and size
 /// over free pixels that start as noise (PURER sec. 2.2 without the statistics, which the model does not hold of the
-/// new task).
+/// new task). Only pixels move, so the network is compiled once for all steps.
 fn invert(
     classifier: &Classifier,
     [height, width]: [usize; 2],
     config: &IcfilConfig,
     rng: &mut RngStream,
 ) -> Result<(Images, Vec<usize>)> {
-    let each = config.images_per_class;
-    let labels: Vec<usize> = (0..classifier.way() * each).map(|i| i / each).collect();
+    let (each, way) = (config.images_per_class, classifier.way());
+    let labels: Vec<usize> = (0..way * each).map(|i| i / each).collect();
     let shape = [labels.len(), 3, height, width];
     let mut z = rng.normals(shape.iter().product());
     let mut adam = Adam::new(AdamOptions::STANDARD, [z.len()]);
     let [middle, unit] = STANDARD;
-    let head = classifier.head()?;
+    let plan = Plan::<f32>::compile(
+        &classifier.to_graph([height, width])?,
+        &CompileOptions {
+            input: "images".into(),
+            input_shape: shape.to_vec(),
+            output: "logits".into(),
+            gradient: Gradient::Wanted,
+            taps: Taps::Norms,
+        },
+    )?;
+    let mut workspace = plan.workspace();
+    let (mut images, mut d_logits) = (vec![0.0; z.len()], vec![0.0; labels.len() * way]);
+    let share = 1.0 / labels.len().max(1) as f32;
     for _ in 0..config.inversion_steps {
         z.iter_mut().for_each(|v| *v = v.clamp(-RANGE, RANGE));
-        let tape = Tape::new();
-        let free = tape.leaf(Tensor::from_slice(&z, &shape, &Device::Cpu)?);
-        let parameters = classifier.backbone().parameters();
-        let body = constants(&tape, parameters.iter().map(|p| &p.value));
-        let seen =
-            classifier.backbone().forward(&body, &free.affine(unit, middle)?, BnMode::Running)?;
-        let logits = linear(&seen.embedding, &constants(&tape, head.iter()))?;
-        let value = logits
-            .cross_entropy(&labels)?
-            .add(&total_variation(&free)?.scale(config.total_variation)?)?
-            .add(&norm(&free)?.scale(config.size)?)?;
-        let gradient = grad(&value, &[&free], Order::First)?.remove(0);
-        let gradient = gradient.value().flatten_all()?.to_vec1::<f32>()?;
+        images.iter_mut().zip(&z).for_each(|(image, z)| *image = middle + unit * z);
+        let logits = plan.forward(&mut workspace, &images);
+        let rows = logits.chunks_exact(way).zip(d_logits.chunks_exact_mut(way));
+        for ((logits, d_logits), &label) in rows.zip(&labels) {
+            cross_entropy_gradient(logits, label, d_logits);
+            d_logits.iter_mut().for_each(|d| *d *= share);
+        }
+        let d_images = plan.backward(&mut workspace, &d_logits);
+        let mut gradient: Vec<f32> = d_images.iter().map(|d| unit * d).collect();
+        total_variation(&z, height, width, config.total_variation as f32, &mut gradient);
+        size(&z, config.size as f32, &mut gradient);
         adam.step(config.inversion_rate, &mut [&mut z], &[&gradient])?;
     }
-    let pixels = z.iter().map(|v| (middle + unit * f64::from(v.clamp(-RANGE, RANGE))) as f32);
+    let pixels = z.iter().map(|v| middle + unit * v.clamp(-RANGE, RANGE));
     Ok((Images::new(pixels.collect(), shape)?, labels))
 }
 

@@ -6,10 +6,10 @@
 
 use crate::access::{Objective, PixelTask, Teacher};
 use crate::error::Result;
+use crate::tensor::priors::{size, total_variation};
 use crate::tensor::{Adam, AdamOptions, Images, RngStream, TensorStore};
 
 use super::parts::CrossEntropy;
-use super::parts::priors::{size, total_variation};
 use super::recover::{RecoverIteration, Watch};
 
 /// Middle of the standardised pixel space, in canonical values.

@@ -1,4 +1,4 @@
-//! Numbers and what computes with them: seeded random streams, image batches, CPU kernels, the tape.
+//! Numbers and what computes with them: seeded random streams, image batches, priors on pixels, CPU kernels, the tape.
 //!
 //! Nothing here knows of ONNX, files of images or methods. Kernels take plain row-major slices (NCHW
 //! for images) so that the frozen plan (`graph`) and the tape share them.
@@ -9,6 +9,8 @@ pub mod cuda;
 pub mod device;
 pub mod images;
 pub mod kernels;
+pub mod losses;
+pub mod priors;
 pub mod rng;
 pub mod scenes;
 pub mod store;

@@ -248,8 +248,7 @@ fn the_upper_bound_is_the_runs_learner_trained_on_real_images() {
 
 /// A run of another image size, backbone and learner than [`finished_run`]'s, with an untrained network as checkpoint.
 fn other_run(path: &Path) -> RunFolder {
-    let mut config = RunConfig::default();
-    config.image_size = [32, 24];
+    let mut config = RunConfig { image_size: [32, 24], ..RunConfig::default() };
     config.meta.backbone = BackboneName::ResNet10;
     config.meta.learner = LearnerName::Anil;
     let run = RunFolder::create(path, &config, &record()).unwrap();

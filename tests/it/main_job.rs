@@ -201,6 +201,16 @@ fn every_learner_trains_evaluates_and_exports_what_it_can() {
             assert_eq!(result["bn"], bn);
             assert!(result["accuracy"].as_f64().unwrap() > 0.0, "{learner} {bn}");
         }
+        if backbone == "conv4" {
+            let args = [&["eval", learner, "--json", "--icfil"], &eval[..]].concat();
+            let ran = run_in(dir.path(), &args);
+            assert_eq!(ran.code, 0, "{learner}: {}", ran.stderr);
+            let result: Value = serde_json::from_str(&ran.stdout).unwrap();
+            let icfil = &result["icfil"];
+            let number = |value: &Value| value.as_f64().unwrap();
+            let gain = number(&icfil["accuracy"]) - number(&result["accuracy"]);
+            assert!((gain - number(&icfil["gain"])).abs() < 1e-12, "{learner}: {result}");
+        }
         let file = format!("{learner}-classifier.onnx");
         let ran = run_in(
             dir.path(),

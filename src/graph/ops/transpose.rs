@@ -59,9 +59,7 @@ impl Swap {
             }
         });
     }
-}
 
-impl Swap {
     /// Weights, which exporters leave transposed, are turned as fast as what is computed; integers go the general way.
     fn of_constant(&self, data: &ConstantData) -> Option<ConstantData> {
         fn turned<T: Element>(swap: &Swap, x: &[T]) -> Vec<T> {

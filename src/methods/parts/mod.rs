@@ -1,11 +1,10 @@
-//! The pieces methods are made of: losses on logits, image priors, the generator, the image bank,
+//! The pieces methods are made of: losses on logits, the generator, the image bank,
 //! the dynamic dataset.
 
 pub mod bank;
 pub mod dynamic;
 pub mod generator;
 pub mod losses;
-pub mod priors;
 
 pub use bank::{ImageBank, ModelImages, Naming};
 pub use dynamic::DynamicSet;

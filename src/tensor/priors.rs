@@ -107,4 +107,24 @@ mod tests {
             assert!((slope - f64::from(gradient[i])).abs() < 1e-3, "pixel {i}");
         }
     }
+
+    #[test]
+    fn total_variation_is_that_of_four_differences() {
+        let z = RngStream::new(1, "tv", "", 0).normals(2 * 3 * 5 * 4);
+        let mut expected = 0.0;
+        for (dy, dx) in [(1_i64, 0_i64), (0, 1), (1, 1), (1, -1)] {
+            let mut square = 0.0;
+            for plane in z.chunks_exact(20) {
+                for y in 0..5 - dy {
+                    for x in (0..4_i64).filter(|x| (0..4).contains(&(x + dx))) {
+                        let at = |y: i64, x: i64| f64::from(plane[(y * 4 + x) as usize]);
+                        square += (at(y + dy, x + dx) - at(y, x)).powi(2);
+                    }
+                }
+            }
+            expected += square.sqrt();
+        }
+        let found = total_variation(&z, 5, 4, 1.0, &mut vec![0.0; z.len()]);
+        assert!((found - expected).abs() < 1e-5 * expected, "{found} and {expected}");
+    }
 }
