@@ -12,15 +12,14 @@ use std::path::Path;
 use super::context::Context;
 use super::embedder::{Embedder, ModelEmbedder};
 use super::run_folder::{RunFolder, UsedModel};
-use super::{RunConfig, settings};
+use super::{RunConfig, mean, settings};
 use crate::data::{ImageFolder, ImageSet, nearest_prototype};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::meta::{
     Backbone, BnMode, ClassSource, InnerLoop, InnerOrder, Learner, Limits, MetaModel, StopReason,
-    Trainer,
+    TrainConfig, Trainer,
 };
 use crate::methods::parts::{ImageBank, ModelImages};
-use crate::onnx;
 use crate::tensor::{Images, RngStream, TensorStore};
 use crate::zoo::candidates::{Candidate, pair};
 use crate::zoo::read::read_candidate;
@@ -157,8 +156,7 @@ impl Zoo {
             if spec.sha != used.sha {
                 return Err(Error::input("the file has changed since the run"));
             }
-            let graph = onnx::load(&spec.path, &self.root)?.graph;
-            Backbone::of_classifier(&graph, &spec, image_size)
+            mean::network(&spec, &self.root, image_size)
         };
         open().context(|| format!("model `{}`", used.id))
     }
@@ -174,13 +172,9 @@ fn average(run: &RunFolder, config: &RunConfig, context: &Context) -> Result<(Ba
         )));
     }
     let zoo = Zoo::open(config)?;
-    let stage = context.progress.stage("average", Some(models.len() as u64));
-    let networks = models.iter().map(|model| {
-        context.check_interrupt()?;
-        stage.advance(1);
-        Ok((model.id.clone(), zoo.network(model, config.image_size)?))
-    });
-    let backbone = Backbone::average(networks, config.image_size)?;
+    let networks =
+        models.iter().map(|model| Ok((model.id.clone(), zoo.network(model, config.image_size)?)));
+    let backbone = mean::average(context, models.len(), networks, config.image_size)?;
     Ok((backbone, format!("{} models", models.len())))
 }
 
@@ -366,7 +360,8 @@ fn real_data(
         config.meta.steps
     );
     let start = settings::starting_model(run, &config)?;
-    let mut trainer = Trainer::new(settings::train_config(&config), start);
+    let train = TrainConfig { early_stop: None, ..settings::train_config(&config) };
+    let mut trainer = Trainer::new(train, start);
     let stage = context.progress.stage("real data", Some(config.meta.steps));
     let stop = trainer.run(&RealImages(set), Limits::default(), &mut |_, _| {
         stage.advance(1);

@@ -20,6 +20,7 @@ pub mod ingest_probe;
 pub mod ingest_remote;
 pub mod inspect;
 pub mod invert;
+pub mod mean;
 pub mod progress;
 pub mod queries;
 pub mod report;

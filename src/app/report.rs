@@ -14,7 +14,23 @@ use crate::report::{Event, Series, line_plot};
 use crate::zoo::Access;
 
 /// The stages of a run in order.
-const STAGES: [&str; 7] = ["ingest", "recover", "meta", "move", "harden", "eval", "export"];
+const STAGES: [&str; 13] = [
+    "ingest",
+    "recover",
+    "meta",
+    "meta-inner",
+    "meta-outer",
+    "meta-inversion",
+    "meta-hardening",
+    "meta-validation",
+    "validate",
+    "move",
+    "harden",
+    "eval",
+    "export",
+];
+/// The events of times, which are told as totals.
+const SECONDS: &str = "seconds";
 
 /// What `report` wrote.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -156,7 +172,13 @@ fn summary(record: &RunRecord) -> Vec<(String, String)> {
     }
     let mut seconds: Vec<(&String, &f64)> = record.seconds.iter().collect();
     seconds.sort_by_key(|(stage, _)| place(stage));
-    items.extend(seconds.into_iter().map(|(stage, s)| (format!("{stage}, s"), format!("{s:.1}"))));
+    for (stage, s) in seconds {
+        let mut spent = format!("{s:.1}");
+        if stage.starts_with("meta-") && record.meta_updates > 0 {
+            spent += &format!(" ({:.1} ms an update)", 1e3 * s / record.meta_updates as f64);
+        }
+        items.push((format!("{stage}, s"), spent));
+    }
     items
 }
 
@@ -235,7 +257,7 @@ fn figures(run: &RunFolder) -> Result<Vec<Figure>> {
 fn curves(events: &[Event]) -> Vec<(String, String, Vec<Series>)> {
     type Sums = BTreeMap<u64, (f64, usize)>;
     let mut by_figure: BTreeMap<(String, String), Sums> = BTreeMap::new();
-    for event in events {
+    for event in events.iter().filter(|event| event.stage != SECONDS) {
         for (name, value) in &event.values {
             let Some(value) = value else { continue };
             let key = (event.stage.clone(), name.clone());

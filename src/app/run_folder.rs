@@ -4,7 +4,8 @@
 //! RUN/config.yaml      the settings, resolved; `--config` takes it back
 //! RUN/run.json         versions, seed, zoo hashes, how it ended
 //! RUN/events.jsonl     one line a step
-//! RUN/start.safetensors  the network before training, where it came from a file (`meta.backbone: FILE.onnx`)
+//! RUN/start.safetensors  the network before training, where it came from files (`meta.backbone: FILE.onnx`,
+//!                      `meta.start: mean-of-teachers`)
 //! RUN/ckpt/            step-N.safetensors, and `latest` naming the newest
 //! RUN/bank/            recovered images
 //! RUN/queries/         queries spent on each model, written before they are sent
@@ -50,12 +51,16 @@ pub struct RunRecord {
     /// Queries allowed by model id, where they are limited.
     #[serde(default)]
     pub query_limits: BTreeMap<String, u64>,
-    /// Why training ended (`done`, `interrupted`, ...); absent while it runs.
+    /// Why training ended (`done`, `early-stop`, `interrupted`, ...); absent while it runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop_reason: Option<String>,
-    /// Seconds spent, by stage.
+    /// Seconds spent, by stage; `meta-inner`, `meta-outer`, `meta-inversion`, `meta-hardening` and `meta-validation` are
+    /// parts of `meta`.
     #[serde(default)]
     pub seconds: BTreeMap<String, f64>,
+    /// Meta-updates in those seconds.
+    #[serde(default)]
+    pub meta_updates: u64,
 }
 
 /// A model of the zoo as a run used it.

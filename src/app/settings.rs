@@ -182,21 +182,21 @@ pub fn learner(config: &RunConfig) -> Learner {
 
 /// How the meta-model is trained.
 pub fn train_config(config: &RunConfig) -> TrainConfig {
-    let meta = &config.meta;
-    let augmentation = &meta.augmentation;
+    let own = &config.meta;
+    let augmentation = &own.augmentation;
     TrainConfig {
         seed: config.seed,
-        way: meta.way,
-        shot: meta.shot,
-        query: meta.query,
-        steps: meta.steps,
-        episodes_per_step: meta.episodes_per_step,
-        learning_rate: meta.learning_rate,
-        schedule: match meta.schedule {
+        way: own.way,
+        shot: own.shot,
+        query: own.query,
+        steps: own.steps,
+        episodes_per_step: own.episodes_per_step,
+        learning_rate: own.learning_rate,
+        schedule: match own.schedule {
             Schedule::Constant => meta::Schedule::Constant,
             Schedule::Cosine => meta::Schedule::Cosine,
         },
-        cross_model_share: meta.cross_model_share,
+        cross_model_share: own.cross_model_share,
         augmentation: Augmentation {
             shift: augmentation.shift,
             edge: match augmentation.edge {
@@ -209,5 +209,10 @@ pub fn train_config(config: &RunConfig) -> TrainConfig {
                 offset: color.offset,
             }),
         },
+        early_stop: own.early_stop.as_ref().map(|own| meta::EarlyStop {
+            share: own.share,
+            every: own.every,
+            patience: own.patience,
+        }),
     }
 }

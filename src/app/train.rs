@@ -11,8 +11,9 @@ use std::time::Instant;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::config::{BackboneName, Method, RunConfig};
+use super::config::{BackboneName, MetaStart, Method, RunConfig};
 use super::ingest::{CatalogWriting, Ingest, IngestOptions, ProbeOptions, Strictness, ingest};
+use super::mean::mean_of_teachers;
 use super::queries::{ModelOutcome, Queries};
 use super::run_folder::{RunFolder, RunRecord, UsedModel, versions};
 use super::teachers::{Lenders, TeacherOptions, open};
@@ -26,6 +27,11 @@ use crate::tensor::Images;
 use crate::zoo::{ModelSpec, Rejection};
 
 mod meta;
+mod seconds;
+
+pub use meta::PseudoValidation;
+use meta::Trained;
+pub use seconds::MetaSeconds;
 
 /// Rows of the picture of recovered images.
 const SHEET_ROWS: usize = 24;
@@ -65,6 +71,8 @@ pub struct TrainSeconds {
     pub recover: f64,
     /// Meta-training.
     pub meta: f64,
+    /// Its parts.
+    pub parts: MetaSeconds,
     /// All, ingest included.
     pub total: f64,
 }
@@ -76,10 +84,13 @@ pub struct TrainResult {
     pub run: PathBuf,
     /// The method.
     pub method: String,
-    /// `done`, `diverged`.
+    /// `done`, `early-stop`, `diverged`.
     pub stop_reason: String,
     /// Meta-training steps.
     pub steps: u64,
+    /// The best check on pseudo-validation, whose weights were kept; absent without `meta.early_stop`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pseudo_validation: Option<PseudoValidation>,
     /// Models that gave images.
     pub models_used: usize,
     /// Models of the zoo that could not be used.
@@ -125,6 +136,12 @@ pub fn train(context: &Context, options: &TrainOptions) -> Result<TrainResult> {
     found.verdict(Strictness::Lenient)?;
     let mut specs = found.specs();
     specs.truncate(config.max_models.unwrap_or(usize::MAX));
+    let start = match (start, config.meta.start) {
+        (Some(_), MetaStart::MeanOfTeachers) => {
+            Some(mean_of_teachers(context, &config, &specs, &found.zoo)?)
+        }
+        (start, _) => start,
+    };
     let run = match resumed {
         Some(run) => {
             same_models(&run.record()?, &specs)?;
@@ -133,7 +150,9 @@ pub fn train(context: &Context, options: &TrainOptions) -> Result<TrainResult> {
         None => {
             let record = new_record(&config, &specs, &found, &options.command);
             let run = RunFolder::create(&options.out, &config, &record)?;
-            if let (Some(start), BackboneName::File(_)) = (&start, &config.meta.backbone) {
+            let from_files = matches!(config.meta.backbone, BackboneName::File(_))
+                || config.meta.start == MetaStart::MeanOfTeachers;
+            if let (Some(start), true) = (&start, from_files) {
                 start.save(&run.start())?;
             }
             run
@@ -144,15 +163,15 @@ pub fn train(context: &Context, options: &TrainOptions) -> Result<TrainResult> {
     let result = work.recover(&found, &specs).and_then(|(bank, recover)| {
         let begin_meta = Instant::now();
         let bank = work.merged(bank);
-        let (reason, steps) = match config.method {
+        let trained = match config.method {
             Method::Inversion => work.meta_train(&bank)?,
             Method::Purer => work.meta_train_moving(&found, &specs, &bank)?,
         };
         let meta = begin_meta.elapsed().as_secs_f64();
-        Ok((bank, recover, reason, steps, meta))
+        Ok((bank, recover, trained, meta))
     });
     let mut record = run.record()?;
-    let (bank, recover, reason, steps, meta) = match result {
+    let (bank, recover, trained, meta) = match result {
         Ok(done) => done,
         Err(error) => {
             let reason = match error.kind() {
@@ -165,8 +184,11 @@ pub fn train(context: &Context, options: &TrainOptions) -> Result<TrainResult> {
         }
     };
     let total = begin.elapsed().as_secs_f64();
+    let Trained { reason, steps, best, seconds: parts } = trained;
     record.stop_reason = Some(reason.into());
-    for (name, value) in [("recover", recover), ("meta", meta), ("total", total)] {
+    record.meta_updates += parts.updates;
+    let stages = [("recover", recover), ("meta", meta), ("total", total)];
+    for (name, value) in stages.into_iter().chain(parts.named()) {
         *record.seconds.entry(name.into()).or_default() += value;
     }
     run.save_record(&record)?;
@@ -175,12 +197,13 @@ pub fn train(context: &Context, options: &TrainOptions) -> Result<TrainResult> {
         method: config.method.name().into(),
         stop_reason: reason.into(),
         steps,
+        pseudo_validation: best,
         models_used: bank.models().len(),
         models_rejected: record.rejected.len(),
         images: bank.len(),
         queries: record.outcomes.iter().map(|model| model.queries).sum(),
         models: record.outcomes.clone(),
-        seconds: TrainSeconds { recover, meta, total },
+        seconds: TrainSeconds { recover, meta, parts, total },
     })
 }
 
@@ -214,6 +237,7 @@ fn new_record(
         ),
         stop_reason: None,
         seconds: BTreeMap::new(),
+        meta_updates: 0,
     }
 }
 

@@ -116,6 +116,11 @@ impl EpisodeSampler {
         Ok(Self { way, shot, query, cross_model_share, classes: usable, by_model })
     }
 
+    /// What its classes mean, once each, in order.
+    pub(super) fn meanings(&self, source: &dyn ClassSource) -> Vec<usize> {
+        self.classes.iter().map(|group| source.meaning(group[0].0)).collect()
+    }
+
     /// Draws one episode.
     pub fn draw(&self, rng: &mut RngStream) -> Episode {
         let across = f64::from(rng.uniform()) < self.cross_model_share || self.by_model.is_empty();

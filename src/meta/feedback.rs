@@ -21,18 +21,18 @@ pub struct PixelGradient {
 }
 
 impl Trainer {
-    /// Draws an episode from `source` as meta-training does, augmentation included, and differentiates its outer loss
-    /// to the pixels before augmentation. Second order where the learner's inner loop is.
+    /// Draws an episode from `source` by `sampler` as meta-training does, augmentation included, and differentiates its
+    /// outer loss to the pixels before augmentation. Second order where the learner's inner loop is.
     ///
     /// # Errors
-    /// When the source has too few images, an image cannot be read, or the network cannot be differentiated so far.
+    /// When an image cannot be read, or the network cannot be differentiated so far.
     pub fn pixel_gradient(
         &self,
         source: &dyn ClassSource,
+        sampler: &EpisodeSampler,
         rng: &mut RngStream,
     ) -> Result<PixelGradient> {
         let c = self.config();
-        let sampler = EpisodeSampler::new(source, c.way, c.shot, c.query, c.cross_model_share)?;
         let episode = sampler.draw(rng);
         let tape = Tape::new();
         let draws: Vec<Draw> = episode.images.iter().map(|_| c.augmentation.draw(rng)).collect();

@@ -71,17 +71,26 @@ impl Learner {
     }
 }
 
-/// What a task looks like to the learner; images are `[n, 3, H, W]`, on one tape.
+/// What a task looks like to the learner.
 #[derive(Debug, Clone, Copy)]
 pub struct Task<'a> {
-    /// Support images.
-    pub support: &'a Var,
-    /// Their labels, in `0..way`.
+    /// Support images, then query images: `[n, 3, H, W]`.
+    pub images: &'a Var,
+    /// Labels of the support images, in `0..way`.
     pub labels: &'a [usize],
-    /// Query images.
-    pub query: &'a Var,
     /// Number of classes.
     pub way: usize,
+}
+
+impl Task<'_> {
+    fn support(&self) -> Result<Var> {
+        self.images.narrow(0, 0, self.labels.len())
+    }
+
+    fn query(&self) -> Result<Var> {
+        let n_support = self.labels.len();
+        self.images.narrow(0, n_support, self.images.dims()[0] - n_support)
+    }
 }
 
 /// Logits of the queries and what was seen on the way.
@@ -228,7 +237,7 @@ impl MetaModel {
         match self.learner {
             Learner::ProtoNet => self.nearest_mean(body, task, mode),
             Learner::Anil(inner) => {
-                let seen = self.backbone.forward(body, task.support, mode)?;
+                let seen = self.backbone.forward(body, &task.support()?, mode)?;
                 let head = spread(head, task.way)?;
                 let head = adapt_head(
                     &seen.embedding,
@@ -236,31 +245,32 @@ impl MetaModel {
                     head,
                     (inner.learning_rate, steps, order),
                 )?;
-                let seen = self.backbone.forward(body, task.query, mode)?;
+                let seen = self.backbone.forward(body, &task.query()?, mode)?;
                 Ok(Answer { logits: linear(&seen.embedding, &head)?, statistics: seen.statistics })
             }
             Learner::Maml(inner) => {
                 let mut fast = body.to_vec();
                 fast.extend(spread(head, task.way)?);
+                let support = task.support()?;
                 for _ in 0..steps {
                     let (body, head) = fast.split_at(body.len());
-                    let seen = self.backbone.forward(body, task.support, mode)?;
+                    let seen = self.backbone.forward(body, &support, mode)?;
                     let loss = linear(&seen.embedding, head)?.cross_entropy(task.labels)?;
                     fast = descend(&loss, &fast, inner.learning_rate, order)?;
                 }
                 let (body, head) = fast.split_at(body.len());
-                let seen = self.backbone.forward(body, task.query, mode)?;
+                let seen = self.backbone.forward(body, &task.query()?, mode)?;
                 Ok(Answer { logits: linear(&seen.embedding, head)?, statistics: seen.statistics })
             }
         }
     }
 
     fn nearest_mean(&self, body: &[Var], task: Task<'_>, mode: BnMode) -> Result<Answer> {
-        let images = Var::concat(&[task.support, task.query], 0)?;
-        let seen = self.backbone.forward(body, &images, mode)?;
+        let seen = self.backbone.forward(body, task.images, mode)?;
         let n_support = task.labels.len();
         let support = seen.embedding.narrow(0, 0, n_support)?;
-        let query = seen.embedding.narrow(0, n_support, task.query.dims()[0])?;
+        let n_query = task.images.dims()[0] - n_support;
+        let query = seen.embedding.narrow(0, n_support, n_query)?;
         let means = prototypes(&support, task.labels, task.way)?;
         let factor = logit_factor(seen.embedding.dims()[1]);
         let logits = prototype_logits(&query, &means)?.scale(factor)?;
@@ -280,9 +290,9 @@ impl MetaModel {
         way: usize,
         mode: BnMode,
     ) -> Result<Classification> {
+        let mut both = support.clone();
+        both.extend(query)?;
         let Some(inner) = self.learner.inner() else {
-            let mut both = support.clone();
-            both.extend(query)?;
             let [_, _, height, width] = support.shape();
             let dim = self.backbone.embedding_dim(height, width)?;
             let mut support = self.backbone.embed(&both, mode)?;
@@ -290,12 +300,9 @@ impl MetaModel {
             return classify(&support, labels, &query, dim, way);
         };
         let tape = Tape::new();
-        let constant = |images: &Images| -> Result<Var> {
-            let value = Tensor::from_slice(images.data(), &images.shape(), &Device::Cpu)?;
-            Ok(tape.constant(value))
-        };
-        let (support, query) = (constant(support)?, constant(query)?);
-        let task = Task { support: &support, labels, query: &query, way };
+        let shape = both.shape();
+        let images = tape.constant(Tensor::from_vec(both.into_data(), &shape, &Device::Cpu)?);
+        let task = Task { images: &images, labels, way };
         let answer =
             self.answer(&self.leaves(&tape), task, inner.test_steps, Order::First, mode)?;
         let logits = answer.logits.value().flatten_all()?.to_vec1::<f32>()?;

@@ -9,11 +9,13 @@ pub mod adapt;
 mod architectures;
 pub mod augment;
 pub mod backbone;
+pub mod early_stop;
 pub mod episodes;
 pub mod export;
 pub mod feedback;
 pub mod icfil;
 pub mod learner;
+mod mean;
 mod onnx_file;
 pub mod protonet;
 pub mod train;
@@ -22,9 +24,12 @@ pub use adapt::{Classifier, SupportImages};
 pub use architectures::Architecture;
 pub use augment::{Augmentation, ColourMap, ShiftEdge};
 pub use backbone::{Backbone, BnMode};
+pub use early_stop::{EarlyStop, Samplers};
 pub use episodes::{ClassSource, Episode, EpisodeSampler};
 pub use feedback::PixelGradient;
 pub use icfil::{CalibrationLoss, Contrast, IcfilConfig};
 pub use learner::{InnerLoop, InnerOrder, Learner, MetaModel};
 pub use protonet::{Classification, classify};
-pub use train::{Iteration, Limits, Schedule, StopReason, TrainConfig, Trainer};
+pub use train::{
+    Iteration, Limits, Schedule, Sources, StepSeconds, StopReason, TrainConfig, Trainer,
+};

@@ -117,39 +117,6 @@ impl Backbone {
         Self::of_whole(whole, image_size)
     }
 
-    /// The mean of networks of one architecture, by name: weights and running statistics, not the heads,
-    /// which are for other classes each (methods.md 1.7, "Average").
-    ///
-    /// # Errors
-    /// When there is none, one cannot be opened, or two compute something else for images of `image_size` (how
-    /// they were exported does not matter).
-    pub fn average(
-        mut networks: impl Iterator<Item = Result<(String, Self)>>,
-        image_size: [usize; 2],
-    ) -> Result<Self> {
-        let (first, mut own) = networks
-            .next()
-            .unwrap_or_else(|| Err(Error::input("there is no network to average")))?;
-        let structure = own.structure(image_size)?;
-        let mut sums: Vec<Vec<f64>> = own.numbers()?;
-        let mut count = 1.0;
-        for network in networks {
-            let (name, other) = network?;
-            if other.structure(image_size)? != structure {
-                return Err(Error::unsupported(format!(
-                    "the models are of several architectures: `{first}` and `{name}`"
-                )));
-            }
-            for (sum, values) in sums.iter_mut().zip(other.numbers()?) {
-                sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
-            }
-            count += 1.0;
-        }
-        let mean = |sum: Vec<f64>| sum.into_iter().map(|sum| (sum / count) as f32).collect();
-        own.set_numbers(sums.into_iter().map(mean).collect())?;
-        Ok(own)
-    }
-
     /// `graph` from canonical images to the embedding.
     fn of_whole(graph: Graph, image_size: [usize; 2]) -> Result<Self> {
         let names = weights(&graph);

@@ -12,12 +12,13 @@ use rayon::prelude::*;
 
 use super::augment::{Augmentation, Draw};
 use super::backbone::{Backbone, BnMode};
+use super::early_stop::{Checks, EarlyStop, Samplers};
 use super::episodes::{ClassSource, Episode, EpisodeSampler};
 use super::learner::{Answer, InnerOrder, Learner, MetaModel, Task};
 use super::protonet::first_largest;
 use crate::error::{Error, Result, ResultExt};
 use crate::tensor::tape::{BatchStatistics, Order, Tape, Var, grad};
-use crate::tensor::{Adam, AdamOptions, RngStream, TensorStore};
+use crate::tensor::{Adam, AdamOptions, Images, RngStream, TensorStore};
 
 /// How the learning rate moves over the steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +52,8 @@ pub struct TrainConfig {
     pub cross_model_share: f64,
     /// What is done to the images.
     pub augmentation: Augmentation,
+    /// Whether it stops early, and when.
+    pub early_stop: Option<EarlyStop>,
 }
 
 impl TrainConfig {
@@ -83,6 +86,8 @@ pub enum StopReason {
     StepLimit,
     /// The limit on time of this call.
     TimeLimit,
+    /// No check on pseudo-validation had a new best for a while.
+    EarlyStop,
     /// The observer asked to stop.
     Interrupted,
     /// The loss or a gradient is no longer finite; the parameters are those before that step.
@@ -98,8 +103,22 @@ pub struct Iteration {
     pub loss: f64,
     /// Share of the queries that were right before the update.
     pub accuracy: f64,
-    /// Wall-clock time of the step.
-    pub seconds: f64,
+    /// Accuracy on pseudo-validation after it, 0 to 1, where one was due.
+    pub validation: Option<f64>,
+    /// Wall-clock time of its parts.
+    pub seconds: StepSeconds,
+}
+
+/// Wall-clock time of the parts of one step; of episodes side by side, in the ratio of their own times.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct StepSeconds {
+    /// Reading and augmenting images, the inner loop and the loss on the queries.
+    pub inner: f64,
+    /// The gradient of that loss to the parameters (through the inner loop, where the learner is of second order) and
+    /// the optimiser's step.
+    pub outer: f64,
+    /// The check on pseudo-validation.
+    pub validation: f64,
 }
 
 /// A model in training: parameters, optimiser and position.
@@ -109,6 +128,18 @@ pub struct Trainer {
     model: MetaModel,
     adam: Adam,
     step: u64,
+    checks: Checks,
+}
+
+/// The images of a training.
+#[derive(Clone, Copy)]
+pub struct Sources<'a> {
+    /// Those that it sees.
+    pub train: &'a dyn ClassSource,
+    /// Those of its checks: of the same classes, but they do not move.
+    pub validation: &'a dyn ClassSource,
+    /// What draws from both ([`Trainer::samplers`]).
+    pub samplers: &'a Samplers,
 }
 
 /// What one episode gives.
@@ -117,6 +148,8 @@ struct Outcome {
     accuracy: f64,
     gradients: Vec<Tensor>,
     statistics: Vec<BatchStatistics>,
+    /// Until the loss was there, and until its gradient was.
+    seconds: [f64; 2],
 }
 
 impl Trainer {
@@ -125,7 +158,7 @@ impl Trainer {
         let model = model.into();
         let lengths: Vec<usize> = model.parameters().map(|p| p.value.elem_count()).collect();
         let adam = Adam::new(AdamOptions::STANDARD, lengths);
-        Self { config, model, adam, step: 0 }
+        Self { config, model, adam, step: 0, checks: Checks::default() }
     }
 
     /// What it trains with.
@@ -153,7 +186,23 @@ impl Trainer {
         self.step
     }
 
-    /// Trains until the last step, a limit, or until `observe` breaks; it is called after each step.
+    /// Accuracy (0 to 1) and step of the best check on pseudo-validation so far.
+    pub fn best_check(&self) -> Option<(f64, u64)> {
+        self.checks.best()
+    }
+
+    /// What draws episodes from `source`, whose classes and numbers of images must then stay.
+    ///
+    /// # Errors
+    /// When the source has too few images, for training or for pseudo-validation, or they are too small.
+    pub fn samplers(&self, source: &dyn ClassSource) -> Result<Samplers> {
+        let [height, width] = source.image_size();
+        self.model.backbone().embedding_dim(height, width)?;
+        Samplers::new(&self.config, source)
+    }
+
+    /// Trains until the last step, an early stop, a limit, or until `observe` breaks; it is called after each step.
+    /// After the last step or an early stop the model is the best one ([`Trainer::take_best`]).
     ///
     /// # Errors
     /// When the source has too few images or an image cannot be read.
@@ -163,25 +212,53 @@ impl Trainer {
         limits: Limits,
         observe: &mut dyn FnMut(&Self, &Iteration) -> ControlFlow<()>,
     ) -> Result<StopReason> {
-        let c = &self.config;
-        let sampler = EpisodeSampler::new(source, c.way, c.shot, c.query, c.cross_model_share)?;
-        let [height, width] = source.image_size();
-        self.model.backbone().embedding_dim(height, width)?;
+        let samplers = self.samplers(source)?;
+        let sources = Sources { train: source, validation: source, samplers: &samplers };
+        let reason = self.run_on(sources, limits, observe)?;
+        if matches!(reason, StopReason::Done | StopReason::EarlyStop) {
+            self.take_best();
+        }
+        Ok(reason)
+    }
+
+    /// The model becomes the one of the best check on pseudo-validation, where there was one.
+    pub fn take_best(&mut self) {
+        if let Some(best) = self.checks.best_model() {
+            self.model = best.clone();
+        }
+    }
+
+    /// [`Trainer::run`] with samplers made before, the model staying the newest.
+    ///
+    /// # Errors
+    /// When an image cannot be read.
+    pub fn run_on(
+        &mut self,
+        sources: Sources<'_>,
+        limits: Limits,
+        observe: &mut dyn FnMut(&Self, &Iteration) -> ControlFlow<()>,
+    ) -> Result<StopReason> {
         let (start, first) = (Instant::now(), self.step);
         while self.step < self.config.steps {
+            if self.checks.stalled(&self.config) {
+                return Ok(StopReason::EarlyStop);
+            }
             if limits.steps.is_some_and(|most| self.step - first >= most) {
                 return Ok(StopReason::StepLimit);
             }
             if limits.time.is_some_and(|most| start.elapsed() >= most) {
                 return Ok(StopReason::TimeLimit);
             }
-            let begin = Instant::now();
-            let Some([loss, accuracy]) = self.one_step(source, &sampler)? else {
+            let Some(mut iteration) = self.one_step(sources.train, sources.samplers.train())?
+            else {
                 return Ok(StopReason::Diverged);
             };
-            self.step += 1;
-            let seconds = begin.elapsed().as_secs_f64();
-            let iteration = Iteration { step: self.step, loss, accuracy, seconds };
+            let begin = Instant::now();
+            iteration.validation = self.check(sources.validation, sources.samplers)?;
+            if let Some(accuracy) = iteration.validation {
+                self.checks.tell(self.step, accuracy, &self.model);
+                iteration.seconds.validation = begin.elapsed().as_secs_f64();
+            }
             if observe(self, &iteration).is_break() {
                 return Ok(StopReason::Interrupted);
             }
@@ -189,19 +266,23 @@ impl Trainer {
         Ok(StopReason::Done)
     }
 
-    /// One step of the outer optimiser: mean loss and accuracy, or `None` when they are not finite, and
-    /// then nothing has changed.
+    /// One step of the outer optimiser, or `None` when loss or gradient are not finite, and then nothing has changed.
     fn one_step(
         &mut self,
         source: &dyn ClassSource,
         sampler: &EpisodeSampler,
-    ) -> Result<Option<[f64; 2]>> {
+    ) -> Result<Option<Iteration>> {
+        let begin = Instant::now();
         let episodes = self.config.episodes_per_step.max(1);
         let this = &*self;
         let outcome = |number| this.one_episode(source, sampler, number as u64);
         // In the pool already: a kernel called from outside it wakes and awaits a worker each time.
         let outcomes: Vec<Outcome> =
             rayon::scope(|_| (0..episodes).into_par_iter().map(outcome).collect::<Result<_>>())?;
+        let wall = begin.elapsed().as_secs_f64();
+        let [inner, outer] =
+            [0, 1].map(|part| outcomes.iter().map(|o| o.seconds[part]).sum::<f64>());
+        let inner = wall * inner / (inner + outer).max(f64::MIN_POSITIVE);
         let share = 1.0 / episodes as f64;
         let mean = |value: fn(&Outcome) -> f64| outcomes.iter().map(value).sum::<f64>() * share;
         let (loss, accuracy) = (mean(|o| o.loss), mean(|o| o.accuracy));
@@ -226,7 +307,10 @@ impl Trainer {
         for outcome in &outcomes {
             self.model.backbone_mut().update_running(&outcome.statistics);
         }
-        Ok(Some([loss, accuracy]))
+        self.step += 1;
+        let outer = begin.elapsed().as_secs_f64() - inner;
+        let seconds = StepSeconds { inner, outer, validation: 0.0 };
+        Ok(Some(Iteration { step: self.step, loss, accuracy, validation: None, seconds }))
     }
 
     /// Loss, accuracy and gradients of episode `number` of this step.
@@ -236,7 +320,7 @@ impl Trainer {
         sampler: &EpisodeSampler,
         number: u64,
     ) -> Result<Outcome> {
-        let c = &self.config;
+        let (c, begin) = (&self.config, Instant::now());
         let index = self.step * c.episodes_per_step.max(1) as u64 + number;
         let mut rng = RngStream::new(c.seed, "episode", "", index);
         let episode = sampler.draw(&mut rng);
@@ -246,6 +330,7 @@ impl Trainer {
         let images = tape.constant(read_images(source, &episode, &draws)?);
         let parameters = self.model.leaves(&tape);
         let (loss, answer) = self.play(&parameters, &images, &episode)?;
+        let played = begin.elapsed().as_secs_f64();
         let wrt: Vec<&Var> = parameters.iter().collect();
         let gradients = grad(&loss, &wrt, Order::First)?
             .into_iter()
@@ -256,6 +341,7 @@ impl Trainer {
             accuracy: accuracy(&answer.logits, &episode)?,
             gradients,
             statistics: answer.statistics,
+            seconds: [played, begin.elapsed().as_secs_f64() - played],
         })
     }
 
@@ -266,11 +352,8 @@ impl Trainer {
         images: &Var,
         episode: &Episode,
     ) -> Result<(Var, Answer)> {
-        let n_support = episode.support_labels.len();
-        let support = images.narrow(0, 0, n_support)?;
-        let query = images.narrow(0, n_support, episode.query_labels.len())?;
         let labels = episode.support_labels.as_slice();
-        let task = Task { support: &support, labels, query: &query, way: self.config.way };
+        let task = Task { images, labels, way: self.config.way };
         let (steps, order) = match self.model.learner() {
             Learner::ProtoNet => (0, Order::First),
             Learner::Anil(inner) | Learner::Maml(inner) => match inner.order {
@@ -298,6 +381,7 @@ impl Trainer {
         store.words.insert("step".into(), self.step.to_string());
         store.words.insert("adam.steps".into(), self.adam.steps().to_string());
         store.words.insert("config".into(), format!("{:?}", self.config));
+        self.checks.write_to(&mut store)?;
         Ok(store)
     }
 
@@ -330,7 +414,8 @@ impl Trainer {
             moments("first")?,
             moments("second")?,
         )?;
-        Ok(Self { config, adam, step: store.number("step")?, model })
+        let checks = Checks::read_from(store)?;
+        Ok(Self { config, adam, step: store.number("step")?, model, checks })
     }
 
     /// Writes the state to a safetensors file, which appears whole or not at all.
@@ -370,16 +455,27 @@ fn all_finite(tensors: &[Tensor]) -> Result<bool> {
     Ok(true)
 }
 
-/// The episode's images, augmented: `[n, 3, H, W]`.
+/// The episode's images, augmented, as a tensor `[n, 3, H, W]`.
 pub(super) fn read_images(
     source: &dyn ClassSource,
     episode: &Episode,
     draws: &[Draw],
 ) -> Result<Tensor> {
+    let images = read_pixels(source, episode, draws)?;
+    let shape = images.shape();
+    Ok(Tensor::from_vec(images.into_data(), &shape, &Device::Cpu)?)
+}
+
+/// The episode's images, augmented.
+pub(super) fn read_pixels(
+    source: &dyn ClassSource,
+    episode: &Episode,
+    draws: &[Draw],
+) -> Result<Images> {
     let [height, width] = source.image_size();
     let stride = 3 * height * width;
-    let mut pixels = vec![0.0f32; episode.images.len() * stride];
-    pixels.par_chunks_mut(stride).zip(&episode.images).zip(draws).try_for_each(
+    let mut images = Images::zeros([episode.images.len(), 3, height, width]);
+    images.data_mut().par_chunks_mut(stride).zip(&episode.images).zip(draws).try_for_each(
         |((target, &(class, index)), draw)| {
             let mut own = vec![0.0; stride];
             source.read(class, index, &mut own)?;
@@ -387,5 +483,5 @@ pub(super) fn read_images(
             Ok::<(), Error>(())
         },
     )?;
-    Ok(Tensor::from_vec(pixels, (episode.images.len(), 3, height, width), &Device::Cpu)?)
+    Ok(images)
 }

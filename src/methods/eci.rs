@@ -7,6 +7,7 @@
 
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use rayon::prelude::*;
 
@@ -15,7 +16,7 @@ use super::parts::{CrossEntropy, DynamicSet};
 use super::recover::Opener;
 use crate::access::Teacher;
 use crate::error::{Error, ErrorKind, Result};
-use crate::meta::{Iteration, Limits, StopReason, Trainer};
+use crate::meta::{EpisodeSampler, Iteration, Limits, Sources, StopReason, Trainer};
 use crate::tensor::{RngStream, TensorStore};
 
 /// Teachers kept open at once.
@@ -87,6 +88,10 @@ pub struct EciStep {
     pub hardening: Option<Hardening>,
     /// Models that failed, with the reason: their images stay as they are from now on.
     pub failed: Vec<(usize, Error)>,
+    /// Wall-clock time of the teachers' inversion steps.
+    pub inversion_seconds: f64,
+    /// Wall-clock time of the outer loss of the episode made harder and of its gradient to the pixels.
+    pub hardening_seconds: f64,
 }
 
 /// The state between meta-updates.
@@ -153,7 +158,12 @@ impl<'a> Eci<'a> {
     ///
     /// # Errors
     /// When an interrupt asks to stop, the disk refuses, or the meta-model cannot be differentiated to its pixels.
-    pub fn after(&mut self, trainer: &Trainer, iteration: &Iteration) -> Result<EciStep> {
+    pub fn after(
+        &mut self,
+        trainer: &Trainer,
+        sampler: &EpisodeSampler,
+        iteration: &Iteration,
+    ) -> Result<EciStep> {
         let config = &self.config;
         let (step, seed) = (iteration.step, config.seed);
         let stalled = self.feedback.tell(config, step, iteration.accuracy);
@@ -165,9 +175,11 @@ impl<'a> Eci<'a> {
             .map(|at| (self.moving[at], None))
             .collect();
         let mut episode = None;
+        let mut happened = EciStep::default();
+        let begin = Instant::now();
         if harder {
             let mut rng = RngStream::new(seed, "eci", "episode", step);
-            let found = trainer.pixel_gradient(&self.set, &mut rng)?;
+            let found = trainer.pixel_gradient(&self.set, sampler, &mut rng)?;
             let pulls = self.set.by_model(&found.episode, &found.gradient, -config.weight);
             for (model, pull) in pulls {
                 if self.moving.contains(&model) {
@@ -176,14 +188,16 @@ impl<'a> Eci<'a> {
                 }
             }
             episode = Some(found);
+            happened.hardening_seconds = begin.elapsed().as_secs_f64();
         }
         let this = &*self;
         let one = |(model, pull): &(usize, Option<Vec<f32>>)| {
             (*model, this.step(step, *model, pull.as_deref()))
         };
+        let begin = Instant::now();
         let results: Vec<(usize, Result<f64>)> =
             rayon::scope(|_| work.par_iter().with_max_len(1).map(one).collect());
-        let mut happened = EciStep::default();
+        happened.inversion_seconds = begin.elapsed().as_secs_f64();
         let (mut total, mut stepped) = (0.0, 0);
         for (model, result) in results {
             match result {
@@ -197,33 +211,44 @@ impl<'a> Eci<'a> {
         }
         happened.loss = total / f64::from(stepped.max(1));
         if let Some(before) = episode {
+            let begin = Instant::now();
             happened.hardening = Some(Hardening {
                 before: before.loss,
                 after: trainer.outer_loss(&self.set, &before)?,
                 models: work.iter().filter(|(_, pull)| pull.is_some()).count(),
             });
+            happened.hardening_seconds += begin.elapsed().as_secs_f64();
         }
         Ok(happened)
     }
 
     /// Trains to the end, the images moving along; `observe` is called after each meta-update and what followed it.
+    /// Pseudo-validation sees the images as they were recovered.
     ///
     /// # Errors
-    /// Those of [`Trainer::run`] and [`Eci::after`].
+    /// Those of [`Trainer::samplers`], [`Trainer::run_on`] and [`Eci::after`].
     pub fn train(
         &mut self,
         trainer: &mut Trainer,
         observe: &mut dyn FnMut(&Self, &Trainer, &Iteration, EciStep) -> ControlFlow<()>,
     ) -> Result<StopReason> {
         let one = Limits { steps: Some(1), time: None };
+        let samplers = trainer.samplers(&self.set)?;
         loop {
             let mut last = None;
-            let reason = trainer.run(&self.set, one, &mut |_, iteration| {
+            let sources =
+                Sources { train: &self.set, validation: self.set.bank(), samplers: &samplers };
+            let reason = trainer.run_on(sources, one, &mut |_, iteration| {
                 last = Some(*iteration);
                 ControlFlow::Continue(())
             })?;
-            let Some(iteration) = last else { return Ok(reason) };
-            let happened = self.after(trainer, &iteration)?;
+            let Some(iteration) = last else {
+                if matches!(reason, StopReason::Done | StopReason::EarlyStop) {
+                    trainer.take_best();
+                }
+                return Ok(reason);
+            };
+            let happened = self.after(trainer, samplers.train(), &iteration)?;
             if observe(self, trainer, &iteration, happened).is_break() {
                 return Ok(StopReason::Interrupted);
             }

@@ -176,6 +176,7 @@ fn the_gradient_of_an_episode_tells_how_its_loss_moves_with_the_pixels() {
             schedule: Schedule::Constant,
             cross_model_share: 1.0,
             augmentation: Augmentation { shift: 2, edge: ShiftEdge::Nearest, colour },
+            early_stop: None,
         };
         let model = MetaModel::new(Backbone::conv4(4, 2).unwrap(), learner, [16, 16], 1).unwrap();
         let trainer = Trainer::new(config, model);
@@ -183,7 +184,8 @@ fn the_gradient_of_an_episode_tells_how_its_loss_moves_with_the_pixels() {
         let images = images.iter().map(|v| 0.5 + 0.2 * v).collect();
         let mut source = Plain { images, moved: Vec::new(), by: 0.0 };
         let mut rng = RngStream::new(0, "test", "", 0);
-        let found = trainer.pixel_gradient(&source, &mut rng).unwrap();
+        let samplers = trainer.samplers(&source).unwrap();
+        let found = trainer.pixel_gradient(&source, samplers.train(), &mut rng).unwrap();
         assert!((found.loss - trainer.outer_loss(&source, &found).unwrap()).abs() < 1e-6);
         let parts = found.gradient.chunks_exact(768).map(<[f32]>::to_vec);
         source.moved = found.episode.images.iter().copied().zip(parts).collect();

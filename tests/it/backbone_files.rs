@@ -251,18 +251,13 @@ fn second_order_goes_through_a_file_whose_images_are_resized() {
     let gradients = |order| -> Vec<f32> {
         let tape = Tape::new();
         let leaves = model.leaves(&tape);
-        let picture = |n: usize| {
-            let images = images(n, size);
-            let shape = images.shape();
-            let value = candle_core::Tensor::from_vec(
-                images.into_data(),
-                &shape,
-                &candle_core::Device::Cpu,
-            );
-            tape.constant(value.unwrap())
-        };
-        let (support, query) = (picture(4), picture(6));
-        let task = Task { support: &support, labels: &[0, 0, 1, 1], query: &query, way: 2 };
+        let mut both = images(4, size);
+        both.extend(&images(6, size)).unwrap();
+        let shape = both.shape();
+        let value =
+            candle_core::Tensor::from_vec(both.into_data(), &shape, &candle_core::Device::Cpu);
+        let both = tape.constant(value.unwrap());
+        let task = Task { images: &both, labels: &[0, 0, 1, 1], way: 2 };
         let answer = model.answer(&leaves, task, 2, order, BnMode::Batch).unwrap();
         let loss = answer.logits.cross_entropy(&[0, 0, 0, 1, 1, 1]).unwrap();
         let found = grad(&loss, &leaves.iter().collect::<Vec<_>>(), Order::First).unwrap();

@@ -43,7 +43,8 @@ fn outer(model: &MetaModel, values: &[Tensor], order: Order) -> (f64, Vec<Tensor
     let leaves: Vec<Var> = values.iter().map(|value| tape.leaf(value.clone())).collect();
     let (parameters, images) = leaves.split_at(leaves.len() - 2);
     let labels = [0, 0, 1, 1, 2, 2];
-    let task = Task { support: &images[0], labels: &labels, query: &images[1], way: 3 };
+    let images = Var::concat(&[&images[0], &images[1]], 0).unwrap();
+    let task = Task { images: &images, labels: &labels, way: 3 };
     let answer = model.answer(parameters, task, 3, order, BnMode::Batch).unwrap();
     let loss = answer.logits.cross_entropy(&[0, 0, 0, 1, 1, 1, 2, 2, 2]).unwrap();
     let gradients = grad(&loss, &leaves.iter().collect::<Vec<_>>(), Order::First).unwrap();
@@ -172,6 +173,7 @@ fn config(episodes_per_step: usize, steps: u64) -> TrainConfig {
         schedule: Schedule::Constant,
         cross_model_share: 1.0,
         augmentation: Augmentation { shift: 0, edge: ShiftEdge::Nearest, colour: None },
+        early_stop: None,
     }
 }
 

@@ -10,6 +10,7 @@ mod black;
 mod cli;
 mod contrib;
 mod data;
+mod early_stop;
 mod eval;
 mod graph;
 mod learners;

@@ -16,7 +16,7 @@ use metazoa::tensor::{Images, RngStream, TensorStore};
 
 /// Classes are patterns of bars: class `c` has its own period and angle; images differ by phase,
 /// colour and noise. Classes `3 m .. 3 m + 3` come from model `m`.
-struct Bars {
+pub(crate) struct Bars {
     classes: usize,
     images: usize,
     size: usize,
@@ -58,11 +58,11 @@ impl ClassSource for Bars {
     }
 }
 
-fn bars() -> Bars {
+pub(crate) fn bars() -> Bars {
     Bars { classes: 12, images: 12, size: 16, seed: 5 }
 }
 
-fn config() -> TrainConfig {
+pub(crate) fn config() -> TrainConfig {
     TrainConfig {
         seed: 3,
         way: 3,
@@ -78,6 +78,7 @@ fn config() -> TrainConfig {
             edge: ShiftEdge::Nearest,
             colour: Some(ColourMap { identity: 0.5, matrix: 0.5, offset: 0.2 }),
         },
+        early_stop: None,
     }
 }
 
@@ -91,11 +92,11 @@ fn images(source: &Bars, class: usize, indices: std::ops::Range<usize>) -> Image
     all
 }
 
-fn keep_going(_: &Trainer, _: &metazoa::meta::Iteration) -> ControlFlow<()> {
+pub(crate) fn keep_going(_: &Trainer, _: &metazoa::meta::Iteration) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 
-fn bytes(trainer: &Trainer) -> Vec<u8> {
+pub(crate) fn bytes(trainer: &Trainer) -> Vec<u8> {
     trainer.to_store().unwrap().to_bytes().unwrap()
 }
 

@@ -35,6 +35,7 @@ pub(crate) fn record() -> RunRecord {
         query_limits: [].into(),
         stop_reason: Some("done".into()),
         seconds: [("recover".to_owned(), 12.5), ("meta".to_owned(), 80.0)].into(),
+        meta_updates: 0,
     }
 }
 

@@ -10,14 +10,16 @@ use serde_yaml::Value;
 
 mod backbone;
 pub mod icfil;
+pub mod training;
 pub mod types;
 
 pub use backbone::BackboneName;
 pub use icfil::IcfilConfig;
+pub use training::{EarlyStopConfig, MergeClasses, MetaStart};
 pub use types::{
     AugmentationConfig, BlackBoxConfig, ColorConfig, Edge, EstimatorName, EvalConfig, ExportForm,
-    InnerConfig, InnerOrder, LearnerName, MergeClasses, MetaConfig, Method, RecoverConfig,
-    RunConfig, Schedule, SurrogateName, WhiteBoxConfig,
+    InnerConfig, InnerOrder, LearnerName, MetaConfig, Method, RecoverConfig, RunConfig, Schedule,
+    SurrogateName, WhiteBoxConfig,
 };
 
 use crate::error::{Error, Result, ResultExt};
@@ -74,6 +76,9 @@ impl RunConfig {
         let mut base = self.clone();
         if key.starts_with("eval.") {
             base.eval.get_or_insert_default();
+        }
+        if key.starts_with("meta.early_stop.") {
+            base.meta.early_stop.get_or_insert_default();
         }
         let mut tree = serde_yaml::to_value(base).map_err(internal)?;
         let mut place = &mut tree;
@@ -147,6 +152,9 @@ impl RunConfig {
                 "`meta.cross_model_share` must be between 0 and 1: `{}`",
                 self.meta.cross_model_share
             )));
+        }
+        if let Some(early) = &self.meta.early_stop {
+            early.check()?;
         }
         if self.meta.way < 2 {
             return Err(Error::input(format!("`meta.way` must be 2 or more: `{}`", self.meta.way)));

@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::icfil::IcfilConfig;
+use super::training::{EarlyStopConfig, MergeClasses, MetaStart};
 
 use super::BackboneName;
 
@@ -178,6 +179,8 @@ pub struct MetaConfig {
     pub backbone: BackboneName,
     /// Channels of Conv4.
     pub width: usize,
+    /// The weights that training starts from.
+    pub start: MetaStart,
     /// The few-shot rule.
     pub learner: LearnerName,
     /// Gradient steps on the support set, of `anil` and `maml`.
@@ -204,6 +207,8 @@ pub struct MetaConfig {
     pub augmentation: AugmentationConfig,
     /// Steps between checkpoints.
     pub checkpoint_every: u64,
+    /// Early stop on recovered classes that are held out; null trains all steps on all classes.
+    pub early_stop: Option<EarlyStopConfig>,
 }
 
 /// Episode curriculum inversion (PURER sec. 3.2).
@@ -258,17 +263,6 @@ pub enum InnerOrder {
     Second,
     /// The steps' gradients count as constants.
     First,
-}
-
-/// Which classes of several models count as one class.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum MergeClasses {
-    /// None: each class of each model is a class of its own.
-    Never,
-    /// Those that sidecars (`id2label`) give the same name, leading and trailing spaces aside. Classes without a name
-    /// stay on their own.
-    ByName,
 }
 
 /// How the learning rate moves over the steps.
@@ -424,6 +418,7 @@ impl Default for MetaConfig {
         Self {
             backbone: BackboneName::Conv4,
             width: crate::meta::backbone::STANDARD_WIDTH,
+            start: MetaStart::Random,
             learner: LearnerName::ProtoNet,
             inner: InnerConfig::default(),
             steps: 600,
@@ -437,6 +432,7 @@ impl Default for MetaConfig {
             merge_classes: MergeClasses::Never,
             augmentation: AugmentationConfig::default(),
             checkpoint_every: 100,
+            early_stop: None,
         }
     }
 }

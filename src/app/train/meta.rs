@@ -1,8 +1,13 @@
 //! Meta-training within a run: watched, logged, saved, resumed.
 
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
 use super::Work;
+use super::seconds::MetaSeconds;
 use crate::app::config::MergeClasses;
 use crate::app::ingest::Ingest;
 use crate::app::progress::Stage;
@@ -19,22 +24,62 @@ use crate::zoo::{Access, ModelSpec};
 /// Steps between lines of the log.
 const LOG_EVERY: u64 = 10;
 
+/// How meta-training ended.
+pub(super) struct Trained {
+    /// `done`, `early-stop` or `diverged`.
+    pub(super) reason: &'static str,
+    /// Steps of the run.
+    pub(super) steps: u64,
+    /// The check on pseudo-validation whose weights were kept.
+    pub(super) best: Option<PseudoValidation>,
+    /// Where the time of this call went.
+    pub(super) seconds: MetaSeconds,
+}
+
+/// The best check on pseudo-validation.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct PseudoValidation {
+    /// Accuracy on its episodes, in 0..1.
+    pub accuracy: f64,
+    /// The step after which it was made.
+    pub step: u64,
+}
+
 /// What happens around the steps: progress, log, checkpoints, interrupts.
 struct Watching<'a> {
     work: &'a Work<'a>,
     stage: Box<dyn Stage>,
     failed: Option<Error>,
+    /// All, and at the last line of the log.
+    seconds: [MetaSeconds; 2],
 }
 
 impl<'a> Watching<'a> {
     fn new(work: &'a Work<'a>, trainer: &Trainer) -> Self {
         let stage = work.context.progress.stage("meta-train", Some(work.config.meta.steps));
         stage.advance(trainer.step());
-        Self { work, stage, failed: None }
+        Self { work, stage, failed: None, seconds: Default::default() }
     }
 
-    fn try_after(&self, iteration: &Iteration, save: impl FnOnce() -> Result<()>) -> Result<()> {
+    fn try_after(
+        &mut self,
+        trainer: &Trainer,
+        iteration: &Iteration,
+        save: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
         self.stage.advance(1);
+        self.seconds[0].add_update(&iteration.seconds);
+        if let (Some(accuracy), Some((best, _))) = (iteration.validation, trainer.best_check()) {
+            self.stage.message(&format!(
+                "pseudo-validation {:.1} %, best {:.1} %",
+                100.0 * accuracy,
+                100.0 * best
+            ));
+            let event = Event::new(self.work.time(), "validate", iteration.step)
+                .value("accuracy", accuracy)
+                .value("best", best);
+            self.work.log.write(&event)?;
+        }
         if iteration.step.is_multiple_of(LOG_EVERY) {
             self.stage.message(&format!(
                 "loss {:.3}, accuracy {:.0} %",
@@ -45,6 +90,7 @@ impl<'a> Watching<'a> {
                 .value("loss", iteration.loss)
                 .value("accuracy", iteration.accuracy);
             self.work.log.write(&event)?;
+            self.log_seconds(iteration.step)?;
         }
         if iteration.step.is_multiple_of(self.work.config.meta.checkpoint_every) {
             save()
@@ -53,13 +99,28 @@ impl<'a> Watching<'a> {
         }
     }
 
+    /// Mean seconds of an update since the last such line.
+    fn log_seconds(&mut self, step: u64) -> Result<()> {
+        let [all, before] = self.seconds;
+        self.seconds[1] = all;
+        let updates = (all.updates - before.updates).max(1) as f64;
+        let mut event = Event::new(self.work.time(), "seconds", step);
+        let earlier: BTreeMap<&str, f64> = before.named().collect();
+        for (name, seconds) in all.named() {
+            let spent = seconds - earlier.get(name).copied().unwrap_or_default();
+            event = event.value(name, spent / updates);
+        }
+        self.work.log.write(&event)
+    }
+
     /// After a step: whether to go on.
     fn after(
         &mut self,
+        trainer: &Trainer,
         iteration: &Iteration,
         save: impl FnOnce() -> Result<()>,
     ) -> ControlFlow<()> {
-        self.failed = self.try_after(iteration, save).err();
+        self.failed = self.try_after(trainer, iteration, save).err();
         if self.failed.is_some() || self.work.context.is_interrupted() {
             ControlFlow::Break(())
         } else {
@@ -73,16 +134,20 @@ impl<'a> Watching<'a> {
         trainer: &Trainer,
         reason: StopReason,
         save: impl FnOnce() -> Result<()>,
-    ) -> Result<(&'static str, u64)> {
+    ) -> Result<Trained> {
         if let Some(error) = self.failed {
             return Err(error);
         }
         save()?;
-        match reason {
-            StopReason::Interrupted => Err(Error::interrupted()),
-            StopReason::Diverged => Ok(("diverged", trainer.step())),
-            _ => Ok(("done", trainer.step())),
-        }
+        let reason = match reason {
+            StopReason::Interrupted => return Err(Error::interrupted()),
+            StopReason::Diverged => "diverged",
+            StopReason::EarlyStop => "early-stop",
+            StopReason::Done | StopReason::StepLimit | StopReason::TimeLimit => "done",
+        };
+        let best = trainer.best_check();
+        let best = best.map(|(accuracy, step)| PseudoValidation { accuracy, step });
+        Ok(Trained { reason, steps: trainer.step(), best, seconds: self.seconds[0] })
     }
 }
 
@@ -117,11 +182,11 @@ impl Work<'_> {
     }
 
     /// Meta-trains on images that stay, from the newest checkpoint or from the start.
-    pub(super) fn meta_train(&self, bank: &ImageBank) -> Result<(&'static str, u64)> {
+    pub(super) fn meta_train(&self, bank: &ImageBank) -> Result<Trained> {
         let (mut trainer, _) = self.trainer()?;
         let mut watching = Watching::new(self, &trainer);
         let reason = trainer.run(bank, Limits::default(), &mut |trainer, iteration| {
-            watching.after(iteration, || self.checkpoint(trainer))
+            watching.after(trainer, iteration, || self.checkpoint(trainer))
         })?;
         watching.end(&trainer, reason, || self.checkpoint(&trainer))
     }
@@ -132,7 +197,7 @@ impl Work<'_> {
         found: &Ingest,
         specs: &[ModelSpec],
         bank: &ImageBank,
-    ) -> Result<(&'static str, u64)> {
+    ) -> Result<Trained> {
         // In the order of the bank, which lacks the models that failed.
         let specs: Vec<&ModelSpec> = (bank.models().iter())
             .filter_map(|model| specs.iter().find(|spec| spec.id == model.id))
@@ -162,7 +227,8 @@ impl Work<'_> {
                 watching.failed = Some(error);
                 return ControlFlow::Break(());
             }
-            watching.after(iteration, || save(eci, trainer))
+            watching.seconds[0].add_move(&happened);
+            watching.after(trainer, iteration, || save(eci, trainer))
         })?;
         watching.end(&trainer, reason, || save(&eci, &trainer))
     }

@@ -72,7 +72,9 @@ pub(crate) fn run(args: &TrainArgs, settings: &Settings, printer: &Printer) -> R
 }
 
 pub(crate) fn table(result: &TrainResult) -> String {
-    format!(
+    let parts = result.seconds.parts;
+    let each = |seconds: f64| 1e3 * seconds / parts.updates.max(1) as f64;
+    let mut text = format!(
         "run {}: {}, {} steps on {} images of {} models ({} rejected), {} queries; \
          recovery {:.0} s, meta-training {:.0} s, total {:.0} s\n",
         result.run.display(),
@@ -85,5 +87,24 @@ pub(crate) fn table(result: &TrainResult) -> String {
         result.seconds.recover,
         result.seconds.meta,
         result.seconds.total
-    )
+    );
+    if let Some(best) = result.pseudo_validation {
+        text += &format!(
+            "pseudo-validation {:.1} % after step {}, whose weights are kept\n",
+            100.0 * best.accuracy,
+            best.step
+        );
+    }
+    if parts.updates > 0 {
+        text += &format!(
+            "a meta-update: inner loop {:.1} ms, outer step {:.1} ms, inversion {:.1} ms, hardening {:.1} ms, \
+             pseudo-validation {:.1} ms\n",
+            each(parts.inner),
+            each(parts.outer),
+            each(parts.inversion),
+            each(parts.hardening),
+            each(parts.validation)
+        );
+    }
+    text
 }

@@ -43,6 +43,13 @@ struct Held {
     saved: bool,
 }
 
+impl Cache {
+    /// Nothing in memory, these versions of each model's pixels on disk.
+    fn at(versions: Vec<u64>) -> Self {
+        Self { held: Vec::new(), stored: versions.clone(), committed: versions.clone(), versions }
+    }
+}
+
 /// Bytes of a state: pixels and two moments.
 fn bytes(pixels: &FreePixels) -> usize {
     3 * size_of::<f32>() * pixels.shape().iter().product::<usize>()
@@ -51,13 +58,7 @@ fn bytes(pixels: &FreePixels) -> usize {
 impl<'a> DynamicSet<'a> {
     /// The images of `bank`, none of them moved yet; states that do not fit into `memory` bytes go to `folder`.
     pub fn new(bank: &'a ImageBank, folder: &Path, memory: usize) -> Self {
-        let versions = vec![0; bank.models().len()];
-        let cache = Mutex::new(Cache {
-            held: Vec::new(),
-            stored: versions.clone(),
-            committed: versions.clone(),
-            versions,
-        });
+        let cache = Mutex::new(Cache::at(vec![0; bank.models().len()]));
         Self { bank, folder: folder.into(), memory, cache }
     }
 
@@ -79,7 +80,10 @@ impl<'a> DynamicSet<'a> {
     /// # Errors
     /// When the disk cannot be read or written.
     pub fn pixels(&self, model: usize) -> Result<Arc<FreePixels>> {
-        let mut cache = self.cache();
+        self.pixels_in(&mut self.cache(), model)
+    }
+
+    fn pixels_in(&self, cache: &mut Cache, model: usize) -> Result<Arc<FreePixels>> {
         if let Some(at) = cache.held.iter().position(|held| held.model == model) {
             let held = cache.held.remove(at);
             let pixels = Arc::clone(&held.pixels);
@@ -87,7 +91,7 @@ impl<'a> DynamicSet<'a> {
             return Ok(pixels);
         }
         let pixels = Arc::new(self.load(model, cache.versions[model])?);
-        self.hold(&mut cache, Held { model, pixels: Arc::clone(&pixels), saved: true })?;
+        self.hold(cache, Held { model, pixels: Arc::clone(&pixels), saved: true })?;
         Ok(pixels)
     }
 
@@ -170,13 +174,7 @@ impl<'a> DynamicSet<'a> {
             ))
             .hint("the run folder was changed by hand: train again"));
         }
-        let mut cache = self.cache();
-        *cache = Cache {
-            held: Vec::new(),
-            stored: versions.clone(),
-            committed: versions.clone(),
-            versions,
-        };
+        *self.cache() = Cache::at(versions);
         Ok(())
     }
 
@@ -243,10 +241,14 @@ impl ClassSource for DynamicSet<'_> {
 
     fn read(&self, class: usize, index: usize, pixels: &mut [f32]) -> Result<()> {
         let (model, image) = self.bank.position(class, index);
-        if self.cache().versions[model] == 0 {
+        let mut cache = self.cache();
+        if cache.versions[model] == 0 {
+            drop(cache);
             return self.bank.read(class, index, pixels);
         }
-        self.pixels(model)?.read(image, pixels);
+        let own = self.pixels_in(&mut cache, model)?;
+        drop(cache);
+        own.read(image, pixels);
         Ok(())
     }
 }
