@@ -23,7 +23,7 @@ use metazoa::access::{
     BlackOptions, BlackTeacher, Guide, Objective, Surrogate, Teacher, WhiteTeacher,
 };
 use metazoa::methods::parts::{CrossEntropy, Generator};
-use metazoa::methods::{GenerateConfig, InvertConfig, RecoverConfig, Watch, recover_one};
+use metazoa::methods::{GenerateConfig, InvertConfig, RecoverConfig, Via, Watch, recover_one};
 use metazoa::tensor::{Images, RngStream};
 use metazoa::zoo::{Access, ModelSpec, read};
 use metazoa::{Error, Result, onnx};
@@ -163,7 +163,7 @@ fn cosines(
                 let basis = (config.estimator == Estimator::Guided)
                     .then(|| generator.tangents(config.directions, &mut rng))
                     .transpose()?;
-                generator.step(1e-3, |images| {
+                generator.step([1e-3; 2], |images| {
                     let exact = white.image_gradient(images, &objective, &mut rng)?.gradient;
                     let guide = Guide { basis: basis.as_ref(), prior: prior.as_ref() };
                     let found =
@@ -302,7 +302,7 @@ fn agreements(
                 },
                 interrupt: &AtomicBool::new(false),
             };
-            let found = recover_one(&teacher, &recover, &watch)?;
+            let found = recover_one(&teacher, &recover, Via::Pixels, &watch)?;
             queries += found.queries;
             agreement += found.agreement;
             let images = &found.images;

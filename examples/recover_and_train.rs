@@ -12,7 +12,7 @@ use metazoa::app::ingest::{CatalogWriting, IngestOptions, ingest};
 use metazoa::app::{Context, RunConfig, settings};
 use metazoa::meta::{Backbone, Limits, Trainer};
 use metazoa::methods::parts::ImageBank;
-use metazoa::methods::{Watch, recover_one};
+use metazoa::methods::{Via, Watch, recover_one};
 use metazoa::{Result, onnx};
 
 fn main() -> Result<()> {
@@ -26,7 +26,7 @@ fn main() -> Result<()> {
     for spec in found.specs().into_iter().filter(|spec| spec.id.starts_with("ss_")) {
         let model = onnx::load(&spec.path, &found.zoo)?;
         let teacher = WhiteTeacher::new(spec, model.graph, settings::surrogate(&config))?;
-        let recovered = recover_one(&teacher, &settings::recover_config(&config), &watch)?;
+        let recovered = recover_one(&teacher, &settings::recover_config(&config), Via::Pixels, &watch)?;
         let share = 100.0 * recovered.agreement;
         println!("{}: the model agrees with {share:.0} % of its images", recovered.images.id);
         bank.push(recovered.images)?;

@@ -8,14 +8,14 @@ use std::time::Instant;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::config::RunConfig;
+use super::config::{RecoverBy, RunConfig};
 use super::files::write_atomically;
 use super::ingest::ProbeOptions;
 use super::teachers::{TeacherOptions, open};
 use super::{Context, ingest_probe, ingest_remote, settings};
 use crate::access::library::RuntimeOptions;
 use crate::error::{Error, Result};
-use crate::methods::{Watch, recover_one};
+use crate::methods::{Via, Watch, recover_one};
 use crate::report::{Series, contact_sheet, image_png, line_plot};
 use crate::zoo::{candidates, read};
 
@@ -75,7 +75,15 @@ pub fn invert(context: &Context, options: &InvertOptions) -> Result<InvertResult
     let teachers = TeacherOptions::new(context, &options.config, folder, options.runtime.clone());
     let teacher = open(&spec, &teachers)?;
     let config = settings::recover_config(&options.config);
-    let stage = context.progress.stage("invert", Some(config.steps(&spec) as u64));
+    let via = match options.config.recover.by {
+        RecoverBy::Pixels => Via::Pixels,
+        RecoverBy::Generator => Via::Generator,
+        RecoverBy::Five => {
+            return Err(Error::usage("`recover.by: five` learns from a whole zoo, not one model")
+                .hint("use `metazoa train ZOO -s recover.by=five`, or `pixels` or `generator` here"));
+        }
+    };
+    let stage = context.progress.stage("invert", Some(config.steps(&spec, via) as u64));
     let losses: Mutex<Vec<f64>> = Mutex::default();
     let lock = || losses.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let watch = Watch {
@@ -86,7 +94,7 @@ pub fn invert(context: &Context, options: &InvertOptions) -> Result<InvertResult
         },
         interrupt: &context.interrupt,
     };
-    let recovered = recover_one(teacher.as_ref(), &config, &watch)?;
+    let recovered = recover_one(teacher.as_ref(), &config, via, &watch)?;
     drop(stage);
     let model = &recovered.images;
     let images = model.images();

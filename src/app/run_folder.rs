@@ -238,6 +238,16 @@ impl RunFolder {
         Ok(self.path.join("ckpt").join(name))
     }
 
+    /// Images of method `free`, as the newest checkpoint has them.
+    pub fn memory(&self) -> PathBuf {
+        self.path.join("memory")
+    }
+
+    /// The meta-generator, where the run has one.
+    pub fn generator(&self) -> PathBuf {
+        self.path.join("generator.safetensors")
+    }
+
     /// Moving images of method `purer`, as the newest checkpoint has them.
     pub fn pixels(&self) -> PathBuf {
         self.path.join("pixels")

@@ -1,19 +1,24 @@
 //! From the settings a user writes to the configurations the layers below take.
 
 use super::config::{
-    BackboneName, Edge, EstimatorName, InnerOrder, LearnerName, RunConfig, Schedule, SurrogateName,
+    AlignName, BackboneName, DistillationConfig, Edge, EstimatorName, InnerOptimizerName, InnerOrder,
+    KdLossName, KeepName, LearnerName, MetaGradientName, MetaOptimizerName, RunConfig, Schedule, SurrogateName,
 };
 use super::run_folder::RunFolder;
 use crate::access::zero_order::{Estimator, ZeroOrder};
 use crate::access::{BlackOptions, Surrogate};
 use crate::error::{Result, ResultExt};
 use crate::meta::{
-    self, Architecture, Augmentation, Backbone, ColourMap, InnerLoop, Learner, MetaModel,
+    self, Architecture, Augmentation, Backbone, ColourMap, Distillation, InnerLoop, KdLoss, Learner,
+    MetaModel,
     ShiftEdge, TrainConfig,
 };
 use crate::methods::invert::UNIT;
-use crate::methods::{EciConfig, GenerateConfig, InvertConfig, RecoverConfig};
-use crate::zoo::{Access, ModelSpec};
+use crate::methods::{
+    Align, EciConfig, FiveConfig, FreeConfig, GenerateConfig, Inner, InvertConfig, Keep, MetaGradient, RecoverConfig,
+    RoundConfig, Via,
+};
+use crate::zoo::ModelSpec;
 
 /// Images asked of a black-box model at once.
 const QUERY_BATCH: usize = 128;
@@ -42,11 +47,85 @@ pub fn recover_config(config: &RunConfig) -> RecoverConfig {
             learning_rate: black.learning_rate,
             latent: black.latent,
             features: black.features,
+            statistics: white.statistics_weight,
             tangents: match black.estimator {
                 EstimatorName::Guided => black.directions,
                 _ => 0,
             },
         },
+    }
+}
+
+/// How the meta-generator is made and trained.
+pub fn five_config(config: &RunConfig) -> FiveConfig {
+    let own = &config.five;
+    FiveConfig {
+        seed: config.seed,
+        image_size: config.image_size,
+        latent: own.latent,
+        features: own.features,
+        steps: own.steps,
+        rate: own.learning_rate,
+        latent_rate: own.latent_learning_rate,
+        class_spread: own.class_spread,
+        statistics: own.statistics_weight,
+        boundary: own.boundary_weight,
+        jitter: own.jitter,
+        meta: match own.meta_gradient {
+            MetaGradientName::LastStep => MetaGradient::LastStep,
+            MetaGradientName::AllSteps => MetaGradient::AllSteps,
+            MetaGradientName::Reptile => MetaGradient::Reptile,
+        },
+        meta_rate: own.meta_learning_rate,
+        forgetful: own.meta_optimizer == MetaOptimizerName::Fresh,
+    }
+}
+
+/// What a round of visits is.
+pub fn round_config(config: &RunConfig) -> RoundConfig {
+    let own = &config.five;
+    RoundConfig {
+        seed: config.seed,
+        models: own.models,
+        images_per_class: own.images_per_class,
+        classes: own.classes,
+    }
+}
+
+/// How FREE trains.
+pub fn free_config(config: &RunConfig) -> FreeConfig {
+    let own = &config.free;
+    FreeConfig {
+        seed: config.seed,
+        round: round_config(config),
+        warm_up: own.warm_up,
+        patience: own.patience,
+        align: match own.align.by {
+            AlignName::Sequential => Align::Sequential(Inner {
+                rate: own.align.learning_rate,
+                adam: own.align.optimizer == InnerOptimizerName::Adam,
+                scale: own.align.scale,
+            }),
+            AlignName::Joint => Align::Joint,
+            AlignName::Off => Align::Off,
+        },
+        distillation: distillation(&own.distillation),
+        cross: own.cross_task.as_ref().map(distillation),
+        keep: match own.keep {
+            KeepName::All => Keep::All,
+            KeepName::Last => Keep::Last,
+        },
+    }
+}
+
+fn distillation(own: &DistillationConfig) -> Distillation {
+    Distillation {
+        loss: match own.kd_loss {
+            KdLossName::Kl => KdLoss::Kl,
+            KdLossName::Linear => KdLoss::Linear,
+        },
+        temperature: own.temperature,
+        weight: own.weight,
     }
 }
 
@@ -92,13 +171,9 @@ pub fn surrogate(config: &RunConfig) -> Surrogate {
 
 impl RecoverConfig {
     /// Steps that the recovery of a model takes, for progress.
-    pub fn steps(&self, spec: &ModelSpec) -> usize {
+    pub fn steps(&self, spec: &ModelSpec, via: Via<'_>) -> usize {
         let per_block = (self.batch / self.images_per_class.max(1)).max(1);
-        let steps = match spec.access {
-            Access::WhiteBox => self.white_box.steps,
-            Access::BlackBox | Access::Remote => self.black_box.steps,
-        };
-        steps * spec.classes.div_ceil(per_block)
+        via.steps(spec.access, self) * spec.classes.div_ceil(per_block)
     }
 }
 

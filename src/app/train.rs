@@ -11,7 +11,7 @@ use std::time::Instant;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::config::{BackboneName, MetaStart, Method, RunConfig};
+use super::config::{BackboneName, MetaStart, Method, RecoverBy, RunConfig};
 use super::ingest::{CatalogWriting, Ingest, IngestOptions, ProbeOptions, Strictness, ingest};
 use super::mean::mean_of_teachers;
 use super::queries::{ModelOutcome, Queries};
@@ -21,11 +21,13 @@ use super::{Context, queries, settings};
 use crate::access::library::RuntimeOptions;
 use crate::error::{Error, ErrorKind, Result};
 use crate::methods::parts::ImageBank;
-use crate::methods::{RecoverItem, RecoverStop, Recovered, recover};
+use crate::methods::{RecoverItem, RecoverStop, Recovered, Via, recover};
 use crate::report::{Event, EventLog, contact_sheet};
 use crate::tensor::Images;
 use crate::zoo::{ModelSpec, Rejection};
 
+mod five;
+mod free;
 mod meta;
 mod seconds;
 
@@ -160,16 +162,21 @@ pub fn train(context: &Context, options: &TrainOptions) -> Result<TrainResult> {
     };
     let log = run.event_log()?;
     let work = Work { context, options, config: &config, run: &run, log: &log, begin };
-    let result = work.recover(&found, &specs).and_then(|(bank, recover)| {
-        let begin_meta = Instant::now();
-        let bank = work.merged(bank);
-        let trained = match config.method {
-            Method::Inversion => work.meta_train(&bank)?,
-            Method::Purer => work.meta_train_moving(&found, &specs, &bank)?,
-        };
-        let meta = begin_meta.elapsed().as_secs_f64();
-        Ok((bank, recover, trained, meta))
-    });
+    let result = match config.method {
+        Method::Free => work.free(&found, &specs),
+        Method::Inversion | Method::Purer => {
+            work.recover(&found, &specs).and_then(|(bank, recover)| {
+                let begin_meta = Instant::now();
+                let bank = work.merged(bank);
+                let trained = match config.method {
+                    Method::Purer => work.meta_train_moving(&found, &specs, &bank)?,
+                    Method::Inversion | Method::Free => work.meta_train(&bank)?,
+                };
+                let meta = begin_meta.elapsed().as_secs_f64();
+                Ok((bank, recover, trained, meta))
+            })
+        }
+    };
     let mut record = run.record()?;
     let (bank, recover, trained, meta) = match result {
         Ok(done) => done,
@@ -283,14 +290,23 @@ impl Work<'_> {
         let specs: Vec<&ModelSpec> =
             specs.iter().filter(|spec| !gone.contains(&rejected_path(found, spec))).collect();
         let settings = settings::recover_config(self.config);
-        let steps = |spec: &ModelSpec| settings.steps(spec) as u64;
+        let generator = match self.config.recover.by {
+            RecoverBy::Five => Some(self.meta_generator(found, &specs)?),
+            RecoverBy::Pixels | RecoverBy::Generator => None,
+        };
+        let via = match (&generator, self.config.recover.by) {
+            (Some(generator), _) => Via::Five(generator),
+            (None, RecoverBy::Generator) => Via::Generator,
+            (None, _) => Via::Pixels,
+        };
+        let steps = |spec: &ModelSpec| settings.steps(spec, via) as u64;
         let stage =
             self.context.progress.stage("recover", Some(specs.iter().map(|s| steps(s)).sum()));
         let items: Vec<RecoverItem> = specs
             .iter()
             .map(|spec| RecoverItem {
                 id: spec.id.clone(),
-                file: self.run.bank().join(format!("{}.safetensors", queries::file_name(spec))),
+                file: self.bank_file(spec),
             })
             .collect();
         let teachers = self.teachers(found)?;
@@ -302,7 +318,7 @@ impl Work<'_> {
         let results = recover(
             &items,
             &|index| open(specs[index], &teachers).map(|teacher| lenders.lend(teacher)),
-            &settings,
+            (&settings, via),
             &self.context.interrupt,
             &|index, iteration| {
                 stage.advance(1);
@@ -335,6 +351,11 @@ impl Work<'_> {
         }
         let bank = self.gather(found, &specs, results)?;
         Ok((bank, begin.elapsed().as_secs_f64()))
+    }
+
+    /// Where the images of a model go.
+    fn bank_file(&self, spec: &ModelSpec) -> PathBuf {
+        self.run.bank().join(format!("{}.safetensors", queries::file_name(spec)))
     }
 
     /// How teachers are opened.

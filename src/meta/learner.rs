@@ -265,6 +265,19 @@ impl MetaModel {
         }
     }
 
+    /// Logits of the task's queries as after training, with the test steps of the rule and weights that stay, but on
+    /// the tape of the task: what differentiates the learner to the images it is asked about. The task's batch normalises
+    /// it, as in training.
+    ///
+    /// # Errors
+    /// As [`MetaModel::answer`].
+    pub fn respond(&self, tape: &Tape, task: Task<'_>) -> Result<Var> {
+        let steps = self.learner.inner().map_or(0, |inner| inner.test_steps);
+        // Leaves, since inner steps differentiate to them.
+        let parameters = self.leaves(tape);
+        Ok(self.answer(&parameters, task, steps, Order::First, BnMode::Batch)?.logits)
+    }
+
     fn nearest_mean(&self, body: &[Var], task: Task<'_>, mode: BnMode) -> Result<Answer> {
         let seen = self.backbone.forward(body, task.images, mode)?;
         let n_support = task.labels.len();

@@ -9,6 +9,7 @@ pub mod adapt;
 mod architectures;
 pub mod augment;
 pub mod backbone;
+pub mod distill;
 pub mod early_stop;
 pub mod episodes;
 pub mod export;
@@ -24,12 +25,14 @@ pub use adapt::{Classifier, SupportImages};
 pub use architectures::Architecture;
 pub use augment::{Augmentation, ColourMap, ShiftEdge};
 pub use backbone::{Backbone, BnMode};
+pub use distill::{Distillation, KdLoss, SoftLabels};
 pub use early_stop::{EarlyStop, Samplers};
 pub use episodes::{ClassSource, Episode, EpisodeSampler};
 pub use feedback::PixelGradient;
 pub use icfil::{CalibrationLoss, Contrast, IcfilConfig};
-pub use learner::{InnerLoop, InnerOrder, Learner, MetaModel};
+pub use learner::{InnerLoop, InnerOrder, Learner, MetaModel, Task};
 pub use protonet::{Classification, classify};
 pub use train::{
-    Iteration, Limits, Schedule, Sources, StepSeconds, StopReason, TrainConfig, Trainer,
+    Iteration, Lesson, Limits, Schedule, Sources, StepSeconds, StopReason, TaskGradient, TrainConfig,
+    Trainer, mean_gradient,
 };

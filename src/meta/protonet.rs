@@ -122,7 +122,7 @@ pub(super) fn linear_head(
 }
 
 /// Index of the largest value, the first of equals; 0 for an empty slice.
-pub(super) fn first_largest(values: &[f32]) -> usize {
+pub fn first_largest(values: &[f32]) -> usize {
     let mut best = 0;
     for (at, value) in values.iter().enumerate() {
         if *value > values[best] {

@@ -13,12 +13,16 @@ use rayon::prelude::*;
 use super::augment::{Augmentation, Draw};
 use super::backbone::{Backbone, BnMode};
 use super::early_stop::{Checks, EarlyStop, Samplers};
-use super::episodes::{ClassSource, Episode, EpisodeSampler};
+use super::episodes::{ClassSource, Episode};
 use super::learner::{Answer, InnerOrder, Learner, MetaModel, Task};
 use super::protonet::first_largest;
 use crate::error::{Error, Result, ResultExt};
-use crate::tensor::tape::{BatchStatistics, Order, Tape, Var, grad};
-use crate::tensor::{Adam, AdamOptions, Images, RngStream, TensorStore};
+use crate::tensor::tape::{Order, Var};
+use crate::tensor::{Adam, AdamOptions, Images, TensorStore};
+
+mod lessons;
+
+pub use lessons::{Lesson, TaskGradient, mean_gradient};
 
 /// How the learning rate moves over the steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -142,16 +146,6 @@ pub struct Sources<'a> {
     pub samplers: &'a Samplers,
 }
 
-/// What one episode gives.
-struct Outcome {
-    loss: f64,
-    accuracy: f64,
-    gradients: Vec<Tensor>,
-    statistics: Vec<BatchStatistics>,
-    /// Until the loss was there, and until its gradient was.
-    seconds: [f64; 2],
-}
-
 impl Trainer {
     /// Starts training `model`; a backbone alone is a ProtoNet.
     pub fn new(config: TrainConfig, model: impl Into<MetaModel>) -> Self {
@@ -249,8 +243,8 @@ impl Trainer {
             if limits.time.is_some_and(|most| start.elapsed() >= most) {
                 return Ok(StopReason::TimeLimit);
             }
-            let Some(mut iteration) = self.one_step(sources.train, sources.samplers.train())?
-            else {
+            let (train, sampler) = (sources.train, sources.samplers.train());
+            let Some(mut iteration) = self.update(train, sampler, &Lesson::default())? else {
                 return Ok(StopReason::Diverged);
             };
             let begin = Instant::now();
@@ -266,85 +260,6 @@ impl Trainer {
         Ok(StopReason::Done)
     }
 
-    /// One step of the outer optimiser, or `None` when loss or gradient are not finite, and then nothing has changed.
-    fn one_step(
-        &mut self,
-        source: &dyn ClassSource,
-        sampler: &EpisodeSampler,
-    ) -> Result<Option<Iteration>> {
-        let begin = Instant::now();
-        let episodes = self.config.episodes_per_step.max(1);
-        let this = &*self;
-        let outcome = |number| this.one_episode(source, sampler, number as u64);
-        // In the pool already: a kernel called from outside it wakes and awaits a worker each time.
-        let outcomes: Vec<Outcome> =
-            rayon::scope(|_| (0..episodes).into_par_iter().map(outcome).collect::<Result<_>>())?;
-        let wall = begin.elapsed().as_secs_f64();
-        let [inner, outer] =
-            [0, 1].map(|part| outcomes.iter().map(|o| o.seconds[part]).sum::<f64>());
-        let inner = wall * inner / (inner + outer).max(f64::MIN_POSITIVE);
-        let share = 1.0 / episodes as f64;
-        let mean = |value: fn(&Outcome) -> f64| outcomes.iter().map(value).sum::<f64>() * share;
-        let (loss, accuracy) = (mean(|o| o.loss), mean(|o| o.accuracy));
-        let mut gradients = outcomes[0].gradients.clone();
-        for outcome in &outcomes[1..] {
-            for (sum, gradient) in gradients.iter_mut().zip(&outcome.gradients) {
-                *sum = (&*sum + gradient)?;
-            }
-        }
-        if episodes > 1 {
-            for gradient in &mut gradients {
-                *gradient = (&*gradient * share)?;
-            }
-        }
-        if !loss.is_finite() || !all_finite(&gradients)? {
-            return Ok(None);
-        }
-        let mut values: Vec<Tensor> = self.model.parameters().map(|p| p.value.clone()).collect();
-        let rate = self.config.learning_rate_at(self.step);
-        self.adam.step_tensors(rate, &mut values, &gradients)?;
-        self.model.set_parameters(values)?;
-        for outcome in &outcomes {
-            self.model.backbone_mut().update_running(&outcome.statistics);
-        }
-        self.step += 1;
-        let outer = begin.elapsed().as_secs_f64() - inner;
-        let seconds = StepSeconds { inner, outer, validation: 0.0 };
-        Ok(Some(Iteration { step: self.step, loss, accuracy, validation: None, seconds }))
-    }
-
-    /// Loss, accuracy and gradients of episode `number` of this step.
-    fn one_episode(
-        &self,
-        source: &dyn ClassSource,
-        sampler: &EpisodeSampler,
-        number: u64,
-    ) -> Result<Outcome> {
-        let (c, begin) = (&self.config, Instant::now());
-        let index = self.step * c.episodes_per_step.max(1) as u64 + number;
-        let mut rng = RngStream::new(c.seed, "episode", "", index);
-        let episode = sampler.draw(&mut rng);
-        let draws: Vec<Draw> =
-            episode.images.iter().map(|_| c.augmentation.draw(&mut rng)).collect();
-        let tape = Tape::new();
-        let images = tape.constant(read_images(source, &episode, &draws)?);
-        let parameters = self.model.leaves(&tape);
-        let (loss, answer) = self.play(&parameters, &images, &episode)?;
-        let played = begin.elapsed().as_secs_f64();
-        let wrt: Vec<&Var> = parameters.iter().collect();
-        let gradients = grad(&loss, &wrt, Order::First)?
-            .into_iter()
-            .map(|gradient| gradient.value().clone())
-            .collect();
-        Ok(Outcome {
-            loss: loss.scalar()?,
-            accuracy: accuracy(&answer.logits, &episode)?,
-            gradients,
-            statistics: answer.statistics,
-            seconds: [played, begin.elapsed().as_secs_f64() - played],
-        })
-    }
-
     /// The outer loss of an episode with these images, support then queries `[n, 3, H, W]`, and the learner's answer.
     pub(super) fn play(
         &self,
@@ -353,7 +268,8 @@ impl Trainer {
         episode: &Episode,
     ) -> Result<(Var, Answer)> {
         let labels = episode.support_labels.as_slice();
-        let task = Task { images, labels, way: self.config.way };
+        let way = episode.query_labels.iter().max().map_or(0, |&label| label + 1);
+        let task = Task { images, labels, way };
         let (steps, order) = match self.model.learner() {
             Learner::ProtoNet => (0, Order::First),
             Learner::Anil(inner) | Learner::Maml(inner) => match inner.order {

@@ -22,6 +22,8 @@ pub struct GenerateConfig {
     pub latent: usize,
     /// Feature maps of the last layers (`f`; 64 in the paper).
     pub features: usize,
+    /// Weight of the statistics term where gradients are exact, divided by the number of tapped layers.
+    pub statistics: f32,
     /// Tangents of the generator handed to an estimator that is guided by them; 0 for others.
     pub tangents: usize,
 }
@@ -44,7 +46,8 @@ pub fn generate(
     let mut generator =
         Generator::new(labels.len(), config.latent, config.features, image_size, &mut rng)?;
     let loss = CrossEntropy::new(labels.to_vec());
-    let objective = Objective { logits: &loss, statistics_weight: 0.0 };
+    let statistics_weight = config.statistics / teacher.statistics_layers().max(1) as f32;
+    let objective = Objective { logits: &loss, statistics_weight };
     let mut best: Option<(f64, Images)> = None;
     let mut prior: Option<Images> = None;
     let mut stop = RecoverStop::Done;
@@ -57,14 +60,14 @@ pub fn generate(
         };
         let last = prior.take();
         let guide = Guide { basis: basis.as_ref(), prior: last.as_ref() };
-        let made = generator.step(config.learning_rate, |images| {
+        let made = generator.step([config.learning_rate; 2], |images| {
             let found = teacher.guided_gradient(images, &objective, &guide, &mut rng)?;
             seen = Some((found.logits_loss, found.statistics_loss));
             prior = Some(found.gradient.clone());
             Ok(found.gradient)
         });
         let images = match made {
-            Ok(images) => images,
+            Ok(made) => made.images,
             Err(error) if error.kind() == ErrorKind::Budget && best.is_some() => {
                 stop = RecoverStop::BudgetSpent;
                 break;

@@ -153,7 +153,7 @@ impl FreePixels {
 }
 
 /// Shifts each image cyclically by (`dy`, `dx`).
-fn roll(images: &Images, dy: i64, dx: i64) -> Images {
+pub(super) fn roll(images: &Images, dy: i64, dx: i64) -> Images {
     let [_, _, h, w] = images.shape();
     let mut rolled = images.clone();
     let planes = images.data().chunks_exact(h * w).zip(rolled.data_mut().chunks_exact_mut(h * w));

@@ -6,15 +6,21 @@
 //! generator on estimated ones (BiDf-MKD sec. 3.3).
 
 pub mod eci;
+pub mod five;
+pub mod free;
 pub mod generate;
 pub mod invert;
 pub mod parts;
 mod recover;
+pub mod rounds;
 
 pub use eci::{Eci, EciConfig, EciStep, Hardening};
+pub use five::{FiveConfig, MetaGenerator, MetaGradient, Visit};
+pub use free::{Align, Free, FreeConfig, FreeEvent, Inner, Keep};
 pub use generate::GenerateConfig;
 pub use invert::InvertConfig;
+pub use rounds::{Round, RoundConfig, Visited, draw};
 pub use recover::{
-    Opener, RecoverConfig, RecoverItem, RecoverIteration, RecoverStop, Recovered, Watch, recover,
+    Opener, RecoverConfig, RecoverItem, RecoverIteration, RecoverStop, Recovered, Via, Watch, recover,
     recover_one,
 };

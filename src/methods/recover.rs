@@ -8,9 +8,11 @@ use rayon::prelude::*;
 
 use crate::access::Teacher;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::tensor::{Images, TensorStore};
+use crate::meta::protonet::first_largest;
+use crate::tensor::{Images, RngStream, TensorStore};
 use crate::zoo::Access;
 
+use super::five::MetaGenerator;
 use super::generate::{GenerateConfig, generate};
 use super::invert::{InvertConfig, invert};
 use super::parts::{ModelImages, Naming};
@@ -70,6 +72,8 @@ pub enum RecoverStop {
     Done,
     /// The query budget did not cover the next step, or the judging of the images.
     BudgetSpent,
+    /// No round of visits came to this model.
+    NotVisited,
 }
 
 impl RecoverStop {
@@ -78,6 +82,7 @@ impl RecoverStop {
         match self {
             Self::Done => "done",
             Self::BudgetSpent => "budget-spent",
+            Self::NotVisited => "not-visited",
         }
     }
 }
@@ -98,6 +103,35 @@ pub struct Recovered {
 }
 
 impl Recovered {
+    /// `images` of a teacher, of its classes `classes`, judged by it.
+    ///
+    /// # Errors
+    /// Those of the teacher but a spent budget.
+    pub fn of(
+        teacher: &dyn Teacher,
+        images: &Images,
+        classes: Vec<usize>,
+        stop: RecoverStop,
+    ) -> Result<Self> {
+        let spec = teacher.spec();
+        let done = classes.iter().max().map_or(0, |&class| class + 1);
+        // The file keeps one name a line.
+        let whole = spec.labels.iter().all(|label| !label.contains('\n'));
+        let (labels, naming) = if spec.labels.len() == spec.classes && whole {
+            (spec.labels[..done].to_vec(), Naming::Named)
+        } else {
+            ((0..done).map(|class| class.to_string()).collect(), Naming::Numbered)
+        };
+        let mut images = ModelImages::new(&spec.id, labels, classes, images);
+        images.naming = naming;
+        let agreement = if images.is_empty() { f64::NAN } else { agreement(teacher, &images)? };
+        let stop = match stop {
+            RecoverStop::Done if agreement.is_nan() => RecoverStop::BudgetSpent,
+            stop => stop,
+        };
+        Ok(Self { images, agreement, queries: teacher.queries(), stop, seconds: 0.0 })
+    }
+
     /// Writes the images and what is known of them to `path`, whole or not at all.
     ///
     /// # Errors
@@ -123,10 +157,60 @@ impl Recovered {
             queries: store.number("queries").context(at)?,
             stop: match store.words.get("stop").map(String::as_str) {
                 Some("budget-spent") => RecoverStop::BudgetSpent,
+                Some("not-visited") => RecoverStop::NotVisited,
                 _ => RecoverStop::Done,
             },
             seconds: 0.0,
         })
+    }
+}
+
+/// What images are recovered with.
+#[derive(Debug, Clone, Copy)]
+pub enum Via<'a> {
+    /// Free pixels where gradients are exact, a generator of each block's own where they are estimated.
+    Pixels,
+    /// A generator of each block's own.
+    Generator,
+    /// One generator for all, adapted to each model in a few steps.
+    Five(&'a MetaGenerator),
+}
+
+impl Via<'_> {
+    /// Steps of one block.
+    pub fn steps(&self, access: Access, config: &RecoverConfig) -> usize {
+        match (self, access) {
+            (Self::Pixels, Access::WhiteBox) => config.white_box.steps,
+            (Self::Pixels | Self::Generator, _) => config.black_box.steps,
+            (Self::Five(generator), _) => generator.config().steps,
+        }
+    }
+
+    /// One image a label.
+    fn block(
+        &self,
+        teacher: &dyn Teacher,
+        labels: &[usize],
+        config: &RecoverConfig,
+        block: u64,
+        watch: &Watch<'_>,
+    ) -> Result<(Images, RecoverStop)> {
+        let (seed, size, spec) = (config.seed, config.image_size, teacher.spec());
+        match (self, spec.access) {
+            (Self::Pixels, Access::WhiteBox) => {
+                let own = &config.white_box;
+                let made = invert(teacher, labels, size, own, seed, block, watch)?;
+                Ok((made, RecoverStop::Done))
+            }
+            (Self::Pixels | Self::Generator, _) => {
+                generate(teacher, labels, size, &config.black_box, seed, block, watch)
+            }
+            (Self::Five(generator), _) => {
+                let mut rng = RngStream::new(seed, "five", &spec.sha, block);
+                let visit = generator.visit(teacher, labels, None, &mut rng, watch)?;
+                Ok((visit.images, RecoverStop::Done))
+            }
+        }
     }
 }
 
@@ -137,6 +221,7 @@ impl Recovered {
 pub fn recover_one(
     teacher: &dyn Teacher,
     config: &RecoverConfig,
+    via: Via<'_>,
     watch: &Watch<'_>,
 ) -> Result<Recovered> {
     let start = Instant::now();
@@ -153,49 +238,26 @@ pub fn recover_one(
             .iter()
             .flat_map(|&class| std::iter::repeat_n(class, config.images_per_class))
             .collect();
-        let seed = config.seed;
-        let made = match spec.access {
-            Access::WhiteBox => {
-                let own = &config.white_box;
-                invert(teacher, &labels, config.image_size, own, seed, block as u64, watch)?
-            }
-            Access::BlackBox | Access::Remote => {
-                let own = &config.black_box;
-                match generate(teacher, &labels, config.image_size, own, seed, block as u64, watch)
-                {
-                    Ok((made, RecoverStop::Done)) => made,
-                    Ok((made, ended)) => {
-                        stop = ended;
-                        made
-                    }
-                    // The classes of earlier blocks are whole, and bought.
-                    Err(error) if error.kind() == ErrorKind::Budget && done > 0 => {
-                        stop = RecoverStop::BudgetSpent;
-                        break;
-                    }
-                    Err(error) => return Err(error),
+        let made = match via.block(teacher, &labels, config, block as u64, watch) {
+            Ok((made, ended)) => {
+                if ended != RecoverStop::Done {
+                    stop = ended;
                 }
+                made
             }
+            // The classes of earlier blocks are whole, and bought.
+            Err(error) if error.kind() == ErrorKind::Budget && done > 0 => {
+                stop = RecoverStop::BudgetSpent;
+                break;
+            }
+            Err(error) => return Err(error),
         };
         images.extend(&made)?;
         classes.extend(labels);
         done += chosen.len();
     }
-    // The file keeps one name a line.
-    let whole = spec.labels.iter().all(|label| !label.contains('\n'));
-    let (labels, naming) = if spec.labels.len() == spec.classes && whole {
-        (spec.labels[..done].to_vec(), Naming::Named)
-    } else {
-        ((0..done).map(|class| class.to_string()).collect(), Naming::Numbered)
-    };
-    let mut images = ModelImages::new(&spec.id, labels, classes, &images);
-    images.naming = naming;
-    let agreement = agreement(teacher, &images)?;
-    if agreement.is_nan() {
-        stop = RecoverStop::BudgetSpent;
-    }
-    let seconds = start.elapsed().as_secs_f64();
-    Ok(Recovered { images, agreement, queries: teacher.queries(), stop, seconds })
+    let recovered = Recovered::of(teacher, &images, classes, stop)?;
+    Ok(Recovered { seconds: start.elapsed().as_secs_f64(), ..recovered })
 }
 
 /// Share of the images, as stored, that `teacher` puts into their class.
@@ -207,13 +269,8 @@ fn agreement(teacher: &dyn Teacher, images: &ModelImages) -> Result<f64> {
         Err(error) => return Err(error),
     };
     let rows = logits.chunks_exact(teacher.spec().classes).zip(&images.classes);
-    let right = rows.filter(|(row, wanted)| argmax(row) == **wanted).count();
+    let right = rows.filter(|(row, wanted)| first_largest(row) == **wanted).count();
     Ok(right as f64 / images.len().max(1) as f64)
-}
-
-fn argmax(row: &[f32]) -> usize {
-    let better = |best: usize, i: usize| if row[i] > row[best] { i } else { best };
-    (0..row.len()).fold(0, better)
 }
 
 /// Opens a teacher when its turn comes; a zoo of thousands is never open at once.
@@ -233,7 +290,7 @@ pub struct RecoverItem {
 pub fn recover(
     items: &[RecoverItem],
     open: &Opener<'_>,
-    config: &RecoverConfig,
+    (config, via): (&RecoverConfig, Via<'_>),
     interrupt: &AtomicBool,
     observe: &(dyn Fn(usize, &RecoverIteration) + Sync),
     finished: &(dyn Fn(usize, &Result<Recovered>) + Sync),
@@ -248,7 +305,7 @@ pub fn recover(
         let teacher = open(index)?;
         let told = |iteration: &RecoverIteration| observe(index, iteration);
         let watch = Watch { observe: &told, interrupt };
-        let recovered = recover_one(teacher.as_ref(), config, &watch)?;
+        let recovered = recover_one(teacher.as_ref(), config, via, &watch)?;
         recovered.save(&item.file)?;
         Ok(recovered)
     };

@@ -1,4 +1,4 @@
-//! Cross-entropy of one row of logits, and its gradient.
+//! Losses of one row of logits, their gradients, and what they are made of.
 
 /// `-log softmax(logits)[label]`.
 pub fn cross_entropy(logits: &[f32], label: usize) -> f64 {
@@ -14,10 +14,17 @@ pub fn cross_entropy_gradient(logits: &[f32], label: usize, gradient: &mut [f32]
     }
 }
 
-fn log_sum_exp(logits: &[f32]) -> f64 {
+/// `ln sum e^logits`, without overflow.
+pub fn log_sum_exp(logits: &[f32]) -> f64 {
     let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|&v| f64::from(v - top).exp()).sum();
     f64::from(top) + sum.ln()
+}
+
+/// Probabilities of logits.
+pub fn softmax(logits: &[f32]) -> Vec<f32> {
+    let all = log_sum_exp(logits);
+    logits.iter().map(|&v| (f64::from(v) - all).exp() as f32).collect()
 }
 
 #[cfg(test)]

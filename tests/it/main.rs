@@ -12,6 +12,7 @@ mod contrib;
 mod data;
 mod early_stop;
 mod eval;
+mod free;
 mod graph;
 mod learners;
 mod main_job;

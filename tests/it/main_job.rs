@@ -43,7 +43,7 @@ pub(crate) fn train(dir: &Path, out: &str, more: &[&str]) -> crate::support::Ran
 /// The bytes of everything in a run folder that must not depend on time or threads.
 fn bytes_of_run(run: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut found = BTreeMap::new();
-    let folders = ["bank", "ckpt", "pixels"].map(|name| run.join(name));
+    let folders = ["bank", "ckpt", "memory", "pixels"].map(|name| run.join(name));
     for folder in folders.iter().filter(|folder| folder.exists()) {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();

@@ -9,17 +9,24 @@ use std::path::Path;
 use serde_yaml::Value;
 
 mod backbone;
+mod faithful;
+pub mod five;
+pub mod free;
 pub mod icfil;
 pub mod training;
 pub mod types;
 
 pub use backbone::BackboneName;
+pub use five::{FiveConfig, MetaGradientName, MetaOptimizerName};
+pub use free::{
+    AlignConfig, AlignName, DistillationConfig, FreeConfig, InnerOptimizerName, KdLossName, KeepName,
+};
 pub use icfil::IcfilConfig;
 pub use training::{EarlyStopConfig, MergeClasses, MetaStart};
 pub use types::{
     AugmentationConfig, BlackBoxConfig, ColorConfig, Edge, EstimatorName, EvalConfig, ExportForm,
-    InnerConfig, InnerOrder, LearnerName, MetaConfig, Method, RecoverConfig, RunConfig, Schedule,
-    SurrogateName, WhiteBoxConfig,
+    InnerConfig, InnerOrder, LearnerName, MetaConfig, Method, RecoverBy, RecoverConfig, RunConfig,
+    Schedule, SurrogateName, WhiteBoxConfig,
 };
 
 use crate::error::{Error, Result, ResultExt};
@@ -143,6 +150,12 @@ impl RunConfig {
                 "`{name}` must be 0 or a positive number: `{value}`"
             )));
         }
+        if self.method == Method::Free && self.meta.early_stop.is_some() {
+            return Err(Error::input("method `free` has no pseudo-validation: `meta.early_stop`")
+                .hint("set `meta.early_stop: null`, or use method `inversion` or `purer`"));
+        }
+        self.five.check()?;
+        self.free.check()?;
         if self.eval.as_ref().is_some_and(|eval| eval.data.as_os_str().is_empty()) {
             return Err(Error::input("evaluation needs images: `eval.data` is not set")
                 .hint("set `eval.data` to an ImageFolder, or leave `eval` out"));

@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::BackboneName;
+use super::five::FiveConfig;
+use super::free::FreeConfig;
 use super::icfil::IcfilConfig;
 use super::training::{EarlyStopConfig, MergeClasses, MetaStart};
-
-use super::BackboneName;
 
 /// Everything that decides what a run does.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -28,8 +29,12 @@ pub struct RunConfig {
     pub max_models: Option<usize>,
     /// Recovering images from the models.
     pub recover: RecoverConfig,
+    /// The generator that all models share, of method `free` and where `recover.by` is `five`.
+    pub five: FiveConfig,
     /// Meta-training on the recovered images.
     pub meta: MetaConfig,
+    /// How images and meta-model take turns, of method `free`.
+    pub free: FreeConfig,
     /// How the images move in meta-training, of method `purer`.
     pub curriculum: CurriculumConfig,
     /// Calibration at test time, of `eval --icfil`.
@@ -50,6 +55,8 @@ pub enum Method {
     /// PURER's episode curriculum inversion: after that inversion the images go on moving while the meta-model learns
     /// from them, and get harder when it stops improving.
     Purer,
+    /// FREE: images by one generator for all models, in a few steps each, while the meta-model learns from them.
+    Free,
 }
 
 impl Method {
@@ -58,6 +65,7 @@ impl Method {
         match self {
             Self::Inversion => "inversion",
             Self::Purer => "purer",
+            Self::Free => "free",
         }
     }
 }
@@ -66,6 +74,8 @@ impl Method {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RecoverConfig {
+    /// What images are recovered with.
+    pub by: RecoverBy,
     /// Images a class of each model.
     pub images_per_class: usize,
     /// Most images recovered in one batch; a model of many classes is done in blocks of classes.
@@ -74,6 +84,18 @@ pub struct RecoverConfig {
     pub white_box: WhiteBoxConfig,
     /// By queries, from black-box models.
     pub black_box: BlackBoxConfig,
+}
+
+/// What images are recovered with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum RecoverBy {
+    /// Free pixels for white-box models, a generator of its own for each that can only be asked.
+    Pixels,
+    /// A generator of its own for each model.
+    Generator,
+    /// One generator for all, adapted to each model in a few steps (FIVE).
+    Five,
 }
 
 /// Pixel inversion (PURER sec. 2.2; DeepInversion).
@@ -358,7 +380,9 @@ impl Default for RunConfig {
             image_size: [32, 32],
             max_models: None,
             recover: RecoverConfig::default(),
+            five: FiveConfig::default(),
             meta: MetaConfig::default(),
+            free: FreeConfig::default(),
             curriculum: CurriculumConfig::default(),
             icfil: IcfilConfig::default(),
             eval: None,
@@ -370,6 +394,7 @@ impl Default for RunConfig {
 impl Default for RecoverConfig {
     fn default() -> Self {
         Self {
+            by: RecoverBy::Pixels,
             images_per_class: 12,
             batch: 120,
             white_box: WhiteBoxConfig::default(),

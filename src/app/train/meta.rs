@@ -46,7 +46,7 @@ pub struct PseudoValidation {
 }
 
 /// What happens around the steps: progress, log, checkpoints, interrupts.
-struct Watching<'a> {
+pub(super) struct Watching<'a> {
     work: &'a Work<'a>,
     stage: Box<dyn Stage>,
     failed: Option<Error>,
@@ -55,7 +55,7 @@ struct Watching<'a> {
 }
 
 impl<'a> Watching<'a> {
-    fn new(work: &'a Work<'a>, trainer: &Trainer) -> Self {
+    pub(super) fn new(work: &'a Work<'a>, trainer: &Trainer) -> Self {
         let stage = work.context.progress.stage("meta-train", Some(work.config.meta.steps));
         stage.advance(trainer.step());
         Self { work, stage, failed: None, seconds: Default::default() }
@@ -114,13 +114,19 @@ impl<'a> Watching<'a> {
     }
 
     /// After a step: whether to go on.
-    fn after(
+    pub(super) fn after(
         &mut self,
         trainer: &Trainer,
         iteration: &Iteration,
         save: impl FnOnce() -> Result<()>,
     ) -> ControlFlow<()> {
-        self.failed = self.try_after(trainer, iteration, save).err();
+        let done = self.try_after(trainer, iteration, save);
+        self.go_on(done)
+    }
+
+    /// Whether to go on after something that may have failed.
+    pub(super) fn go_on(&mut self, done: Result<()>) -> ControlFlow<()> {
+        self.failed = done.err();
         if self.failed.is_some() || self.work.context.is_interrupted() {
             ControlFlow::Break(())
         } else {
@@ -129,7 +135,7 @@ impl<'a> Watching<'a> {
     }
 
     /// After the last step.
-    fn end(
+    pub(super) fn end(
         self,
         trainer: &Trainer,
         reason: StopReason,
@@ -164,7 +170,7 @@ impl Work<'_> {
     }
 
     /// The trainer of the newest checkpoint, with all that is in it, or an untrained one.
-    fn trainer(&self) -> Result<(Trainer, Option<TensorStore>)> {
+    pub(super) fn trainer(&self) -> Result<(Trainer, Option<TensorStore>)> {
         let config = settings::train_config(self.config);
         let Ok(checkpoint) = self.run.latest_checkpoint() else {
             return Ok((

@@ -10,7 +10,7 @@ use crate::app::train::{Start, TrainResult, train};
 use crate::cli::printer::Printer;
 use crate::cli::settings::Settings;
 use crate::cli::{Outcome, overrides, startup};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Arguments of `train`.
 #[derive(Debug, Args)]
@@ -20,6 +20,10 @@ pub(crate) struct TrainArgs {
     /// The method
     #[arg(long, value_enum)]
     method: Option<MethodName>,
+    /// The settings of the method's published program, defects included: for comparisons. Over those of --config, under
+    /// METAZOA_* variables and -s
+    #[arg(long)]
+    faithful: bool,
     /// Settings (YAML); flags and METAZOA_* variables override them
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -44,21 +48,40 @@ pub(crate) struct TrainArgs {
 enum MethodName {
     Inversion,
     Purer,
+    Free,
+}
+
+impl From<MethodName> for Method {
+    fn from(name: MethodName) -> Self {
+        match name {
+            MethodName::Inversion => Self::Inversion,
+            MethodName::Purer => Self::Purer,
+            MethodName::Free => Self::Free,
+        }
+    }
 }
 
 /// Trains and prints what came of it.
 pub(crate) fn run(args: &TrainArgs, settings: &Settings, printer: &Printer) -> Result<Outcome> {
-    let config = match &args.config {
+    let mut config = match &args.config {
         Some(path) => RunConfig::read(path)?,
         None => RunConfig::default(),
     };
+    if let Some(method) = args.method {
+        config.method = method.into();
+    }
+    if args.faithful {
+        let preset = config.method.faithful().ok_or_else(|| {
+            let method = config.method.name();
+            Error::usage(format!("method has no published program to be faithful to: `{method}`"))
+                .hint("use `--method purer` or `--method free`, or leave `--faithful` out")
+        })?;
+        config = config.with_overrides(&preset)?;
+    }
     let mut config = overrides::resolved(&config, &args.set, settings)?;
     overrides::queries(&mut config, args.budget, args.max_open);
     if let Some(method) = args.method {
-        config.method = match method {
-            MethodName::Inversion => Method::Inversion,
-            MethodName::Purer => Method::Purer,
-        };
+        config.method = method.into();
     }
     if let Some(zoo) = &args.zoo {
         config.zoo.clone_from(zoo);

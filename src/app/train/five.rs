@@ -1,0 +1,82 @@
+//! The meta-generator within a run: trained, logged, saved, resumed.
+
+use super::Work;
+use crate::app::ingest::Ingest;
+use crate::app::settings;
+use crate::app::teachers::{Lenders, open};
+use crate::error::{Error, ErrorKind, Result};
+use crate::methods::parts::OpenTeachers;
+use crate::methods::{MetaGenerator, Watch, draw};
+use crate::report::Event;
+use crate::tensor::TensorStore;
+use crate::zoo::ModelSpec;
+
+/// Rounds between saves.
+const SAVE_EVERY: u64 = 10;
+
+impl Work<'_> {
+    /// The meta-generator after all rounds, from where an earlier call left it.
+    pub(super) fn meta_generator(
+        &self,
+        found: &Ingest,
+        specs: &[&ModelSpec],
+    ) -> Result<MetaGenerator> {
+        let config = settings::five_config(self.config);
+        let file = self.run.generator();
+        let mut generator = match TensorStore::load(&file) {
+            Ok(store) => MetaGenerator::read_from(config, &store)
+                .map_err(|error| error.context(format!("`{}`", file.display())))?,
+            Err(_) if !file.exists() => MetaGenerator::new(config)?,
+            Err(error) => return Err(error),
+        };
+        let rounds = self.config.five.rounds;
+        let stage = self.context.progress.stage("meta-generator", Some(rounds));
+        stage.advance(generator.rounds());
+        let teachers = self.teachers(found)?;
+        let lenders = Lenders::new(specs, &found.zoo, &self.config.recover.white_box);
+        let open = |index: usize| open(specs[index], &teachers).map(|t| lenders.lend(t));
+        let teachers = OpenTeachers::new(&open);
+        let watch = Watch { observe: &|_| {}, interrupt: &self.context.interrupt };
+        let plan = settings::round_config(self.config);
+        let mut models: Vec<usize> = (0..specs.len()).collect();
+        let save = |generator: &MetaGenerator| -> Result<()> {
+            let mut store = TensorStore::default();
+            generator.write_to(&mut store)?;
+            store.save(&file)
+        };
+        while generator.rounds() < rounds {
+            let number = generator.rounds();
+            let chosen = draw(&plan, number, &models);
+            let pay = |generator: &MetaGenerator, model: usize| {
+                generator.visit_of_round((&plan, number), model, &teachers, &|_, _| Ok(None), &watch)
+            };
+            let round = match generator.round(&chosen, pay) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {
+                    save(&generator)?;
+                    return Err(error);
+                }
+                round => round?,
+            };
+            for (model, error) in &round.failed {
+                let text = format!("`{}` is visited no more: {error}", specs[*model].id);
+                self.context.progress.note(&text);
+            }
+            models.retain(|own| round.failed.iter().all(|(gone, _)| gone != own));
+            if models.is_empty() {
+                return Err(Error::input("no model is left that the generator could learn from"));
+            }
+            stage.advance(1);
+            let [loss, statistics] = round.losses();
+            stage.message(&format!("loss {loss:.3}"));
+            let event = Event::new(self.time(), "five", number + 1)
+                .value("loss", loss)
+                .value("statistics", statistics);
+            self.log.write(&event)?;
+            if generator.rounds().is_multiple_of(SAVE_EVERY) {
+                save(&generator)?;
+            }
+        }
+        save(&generator)?;
+        Ok(generator)
+    }
+}

@@ -1,0 +1,146 @@
+//! FREE within a run: watched, logged, saved, resumed.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use super::Work;
+use super::meta::{Trained, Watching};
+use crate::app::ingest::Ingest;
+use crate::app::settings;
+use crate::app::teachers::{Lenders, open};
+use crate::error::{Error, ErrorKind, Result};
+use crate::meta::{StopReason, Trainer};
+use crate::methods::parts::{ImageBank, Memory, OpenTeachers};
+use crate::methods::{
+    Free, FreeEvent, MetaGenerator, Opener, RecoverStop, Recovered, Round, Watch,
+};
+use crate::report::Event;
+use crate::zoo::ModelSpec;
+
+/// Warm-up rounds between saves.
+const SAVE_EVERY: u64 = 10;
+
+impl Work<'_> {
+    /// Recovers and meta-trains by turns, from the newest checkpoint or from the start: the newest images of each model,
+    /// how training ended, and the seconds of rounds of visits and of the rest.
+    pub(super) fn free(
+        &self,
+        found: &Ingest,
+        specs: &[ModelSpec],
+    ) -> Result<(ImageBank, f64, Trained, f64)> {
+        let all: Vec<&ModelSpec> = specs.iter().collect();
+        let specs = all.as_slice();
+        let start = Instant::now();
+        let teachers = self.teachers(found)?;
+        let lenders = Lenders::new(specs, &found.zoo, &self.config.recover.white_box);
+        let open = |index: usize| open(specs[index], &teachers).map(|t| lenders.lend(t));
+        let own = &self.config.free;
+        let memory = Memory::new(
+            &self.run.memory(),
+            self.config.image_size,
+            own.visits_kept,
+            own.memory_mib << 20,
+        );
+        let mut free = Free::new(
+            settings::free_config(self.config),
+            MetaGenerator::new(settings::five_config(self.config))?,
+            OpenTeachers::new(&open),
+            memory,
+            (0..specs.len()).collect(),
+        );
+        let (mut trainer, checkpoint) = self.trainer()?;
+        if let Some(store) = checkpoint {
+            free.restore(&store)?;
+        }
+        let save = |free: &Free<'_>, trainer: &Trainer| -> Result<()> {
+            let mut store = trainer.to_store()?;
+            free.write_to(&mut store)?;
+            self.run.save_checkpoint(trainer.step(), |path| store.save(path))?;
+            free.memory().commit();
+            Ok(())
+        };
+        let watch = Watch { observe: &|_| {}, interrupt: &self.context.interrupt };
+        let mut watching = Watching::new(self, &trainer);
+        let mut failed: BTreeMap<usize, Error> = BTreeMap::new();
+        let (mut begin, mut recover) = (Instant::now(), 0.0);
+        let warm_up = own.warm_up;
+        let reason = free.train(&mut trainer, &watch, &mut |free, trainer, event| match event {
+            FreeEvent::Round(number, round) => {
+                recover += begin.elapsed().as_secs_f64();
+                let told = self.tell_round(specs, number, round).and_then(|()| {
+                    // Until the meta-model learns, nothing else is saved.
+                    let due = number < warm_up && (number + 1).is_multiple_of(SAVE_EVERY);
+                    if due { save(free, trainer) } else { Ok(()) }
+                });
+                for (model, error) in round.failed.drain(..) {
+                    failed.insert(model, error);
+                }
+                watching.go_on(told)
+            }
+            FreeEvent::Aligned { iteration, cosine } => {
+                let mut event = Event::new(self.time(), "align", iteration.step)
+                    .value("loss", iteration.loss)
+                    .value("accuracy", iteration.accuracy);
+                if let Some(cosine) = cosine {
+                    event = event.value("cosine", cosine);
+                }
+                match self.log.write(&event) {
+                    Ok(()) => watching.after(trainer, &iteration, || save(free, trainer)),
+                    error => watching.go_on(error),
+                }
+            }
+            FreeEvent::Replayed(iteration) => {
+                let next = watching.after(trainer, &iteration, || save(free, trainer));
+                begin = Instant::now();
+                next
+            }
+        });
+        let reason = match reason {
+            Err(error) if error.kind() == ErrorKind::Interrupted => StopReason::Interrupted,
+            reason => reason?,
+        };
+        let trained = watching.end(&trainer, reason, || save(&free, &trainer))?;
+        let results = specs
+            .iter()
+            .enumerate()
+            .map(|(index, spec)| {
+                let judged = self.newest(&free, index, &open, failed.remove(&index))?;
+                judged.save(&self.bank_file(spec))?;
+                Ok(judged)
+            })
+            .collect();
+        let bank = self.gather(found, specs, results)?;
+        Ok((bank, recover, trained, start.elapsed().as_secs_f64() - recover))
+    }
+
+    fn tell_round(&self, specs: &[&ModelSpec], number: u64, round: &Round) -> Result<()> {
+        for (model, error) in &round.failed {
+            let text = format!("`{}` is visited no more: {error}", specs[*model].id);
+            self.context.progress.note(&text);
+        }
+        let [loss, statistics] = round.losses();
+        let event = Event::new(self.time(), "five", number + 1)
+            .value("loss", loss)
+            .value("statistics", statistics);
+        self.log.write(&event)
+    }
+
+    /// The newest images of a model, judged by it.
+    fn newest(
+        &self,
+        free: &Free<'_>,
+        index: usize,
+        open: &Opener<'_>,
+        failed: Option<Error>,
+    ) -> Result<Recovered> {
+        let (images, labels) =
+            free.memory().newest(index, self.config.recover.images_per_class)?;
+        let ended = match failed {
+            Some(error) if images.is_empty() => return Err(error),
+            Some(error) if error.kind() == ErrorKind::Budget => RecoverStop::BudgetSpent,
+            None if images.is_empty() => RecoverStop::NotVisited,
+            _ => RecoverStop::Done,
+        };
+        Recovered::of(open(index)?.as_ref(), &images, labels, ended)
+    }
+}
