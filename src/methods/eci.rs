@@ -6,21 +6,16 @@
 //! Teachers weigh the same. Models that can only be asked keep the images recovered from them.
 
 use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use rayon::prelude::*;
 
 use super::invert::{FreePixels, InvertConfig};
-use super::parts::{CrossEntropy, DynamicSet};
+use super::parts::{CrossEntropy, DynamicSet, OpenTeachers};
 use super::recover::Opener;
-use crate::access::Teacher;
 use crate::error::{Error, ErrorKind, Result};
 use crate::meta::{EpisodeSampler, Iteration, Limits, Sources, StopReason, Trainer};
 use crate::tensor::{RngStream, TensorStore};
-
-/// Teachers kept open at once.
-const MOST_OPEN: usize = 64;
 
 /// When and how images get harder.
 #[derive(Debug, Clone, PartialEq)]
@@ -98,12 +93,10 @@ pub struct EciStep {
 pub struct Eci<'a> {
     config: EciConfig,
     set: DynamicSet<'a>,
-    open: &'a Opener<'a>,
     /// Models whose images move.
     moving: Vec<usize>,
     feedback: Feedback,
-    /// Open teachers, least recently used first.
-    teachers: Mutex<Vec<(usize, Arc<dyn Teacher>)>>,
+    teachers: OpenTeachers<'a>,
 }
 
 impl<'a> Eci<'a> {
@@ -115,7 +108,7 @@ impl<'a> Eci<'a> {
         open: &'a Opener<'a>,
     ) -> Self {
         let feedback = Feedback { best: None, since: 0 };
-        Self { config, set, open, moving, feedback, teachers: Mutex::default() }
+        Self { config, set, moving, feedback, teachers: OpenTeachers::new(open) }
     }
 
     /// The images as they are.
@@ -123,27 +116,9 @@ impl<'a> Eci<'a> {
         &self.set
     }
 
-    fn teacher(&self, model: usize) -> Result<Arc<dyn Teacher>> {
-        let lock = || self.teachers.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut teachers = lock();
-        if let Some(at) = teachers.iter().position(|(own, _)| *own == model) {
-            let found = teachers.remove(at);
-            teachers.push(found.clone());
-            return Ok(found.1);
-        }
-        drop(teachers);
-        let opened: Arc<dyn Teacher> = Arc::from((self.open)(model)?);
-        let mut teachers = lock();
-        if teachers.len() >= MOST_OPEN {
-            teachers.remove(0);
-        }
-        teachers.push((model, Arc::clone(&opened)));
-        Ok(opened)
-    }
-
     /// One step of one model's images; its mean cross-entropy.
     fn step(&self, step: u64, model: usize, pull: Option<&[f32]>) -> Result<f64> {
-        let teacher = self.teacher(model)?;
+        let teacher = self.teachers.get(model)?;
         let mut pixels = FreePixels::clone(&*self.set.pixels(model)?);
         let loss = CrossEntropy::new(self.set.bank().models()[model].classes.clone());
         let mut rng = RngStream::new(self.config.seed, "eci", &teacher.spec().sha, step);

@@ -226,7 +226,7 @@ fn the_boundary_term_is_differentiated_through_teacher_and_student() {
         let alone = teacher.image_gradient(&images, &objective, &mut rng).unwrap().gradient;
         assert_ne!(alone, found.gradient, "{learner:?}: no image where both agree");
         let length: f64 = found.gradient.data().iter().map(|g| f64::from(g * g)).sum::<f64>();
-        let step = 0.02 / length.sqrt();
+        let step = 1e-3 / length.sqrt();
         let moved = |sign: f64| {
             let mut images = images.clone();
             for (pixel, g) in images.data_mut().iter_mut().zip(found.gradient.data()) {
@@ -275,7 +275,7 @@ fn a_killed_run_of_free_resumes_to_the_bytes_of_an_uninterrupted_one() {
     let run = dir.path().join("whole");
     let rounds = events(&run, "five");
     assert!(rounds.len() > 4, "{}", rounds.len());
-    assert!(events(&run, "align").iter().all(|e| e["values"]["cosine"].is_number()));
+    assert!(events(&run, "align").iter().all(|e| e["cosine"].is_number()));
     // Two models, two visits each: older images are gone from the disk.
     assert_eq!(std::fs::read_dir(run.join("memory")).unwrap().count(), 4);
     let record: Value =

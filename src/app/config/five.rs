@@ -98,12 +98,12 @@ impl FiveConfig {
 impl Default for FiveConfig {
     fn default() -> Self {
         Self {
-            rounds: 60,
+            rounds: 20,
             models: 4,
             images_per_class: 8,
             classes: 5,
             steps: 5,
-            learning_rate: 5e-3,
+            learning_rate: 1e-3,
             latent_learning_rate: 0.1,
             class_spread: None,
             statistics_weight: 1.0,
@@ -113,7 +113,7 @@ impl Default for FiveConfig {
             meta_learning_rate: 2e-3,
             meta_optimizer: MetaOptimizerName::Persistent,
             latent: 256,
-            features: 32,
+            features: 16,
         }
     }
 }

@@ -154,6 +154,10 @@ impl RunConfig {
             return Err(Error::input("method `free` has no pseudo-validation: `meta.early_stop`")
                 .hint("set `meta.early_stop: null`, or use method `inversion` or `purer`"));
         }
+        if self.method == Method::Free && self.meta.merge_classes != MergeClasses::Never {
+            return Err(Error::input("method `free` keeps classes apart: `meta.merge_classes`")
+                .hint("set `meta.merge_classes: never`, or use method `inversion` or `purer`"));
+        }
         self.five.check()?;
         self.free.check()?;
         if self.eval.as_ref().is_some_and(|eval| eval.data.as_os_str().is_empty()) {
