@@ -26,7 +26,8 @@ fn main() -> Result<()> {
     for spec in found.specs().into_iter().filter(|spec| spec.id.starts_with("ss_")) {
         let model = onnx::load(&spec.path, &found.zoo)?;
         let teacher = WhiteTeacher::new(spec, model.graph, settings::surrogate(&config))?;
-        let recovered = recover_one(&teacher, &settings::recover_config(&config), Via::Pixels, &watch)?;
+        let recovered =
+            recover_one(&teacher, &settings::recover_config(&config), Via::Pixels, &watch)?;
         let share = 100.0 * recovered.agreement;
         println!("{}: the model agrees with {share:.0} % of its images", recovered.images.id);
         bank.push(recovered.images)?;

@@ -130,8 +130,9 @@ impl Case for Generating {
     fn step(&mut self) -> Result<()> {
         let Inversion { teacher, loss, rng, .. } = &mut self.model;
         let objective = Objective { logits: &*loss, statistics_weight: 1.0 };
-        self.generator
-            .step([1e-3; 2], |images| Ok(teacher.image_gradient(images, &objective, rng)?.gradient))?;
+        self.generator.step([1e-3; 2], |images| {
+            Ok(teacher.image_gradient(images, &objective, rng)?.gradient)
+        })?;
         Ok(())
     }
 }

@@ -92,13 +92,8 @@ def main():
                 record = json.loads((run / "run.json").read_text())
                 images = sum(model["images"] for model in record["models"])
                 row["seconds"] = record["seconds"]["recover"] / images
-                events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-                rounds = [event["t"] for event in events if event["stage"] == "five"]
-                first = min((event["t"] for event in events if event["stage"] == "recover"), default=None)
                 # FIVE's rounds end before the images that are kept begin.
-                row["kept"] = (record["seconds"]["recover"] - (rounds[-1] if rounds else 0)) / images
-                if not rounds or first is None:
-                    row["kept"] = row["seconds"]
+                row["kept"] = row["seconds"] - record["seconds"].get("generator", 0) / images
                 judged = subprocess.run([sys.executable, agreement, run, args.zoo], check=True, capture_output=True, text=True)
                 row["agreement"] = float(judged.stdout.split()[1])
                 for shot in (1, 5):

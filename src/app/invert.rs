@@ -80,7 +80,9 @@ pub fn invert(context: &Context, options: &InvertOptions) -> Result<InvertResult
         RecoverBy::Generator => Via::Generator,
         RecoverBy::Five => {
             return Err(Error::usage("`recover.by: five` learns from a whole zoo, not one model")
-                .hint("use `metazoa train ZOO -s recover.by=five`, or `pixels` or `generator` here"));
+                .hint(
+                    "use `metazoa train ZOO -s recover.by=five`, or `pixels` or `generator` here",
+                ));
         }
     };
     let stage = context.progress.stage("invert", Some(config.steps(&spec, via) as u64));

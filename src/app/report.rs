@@ -14,9 +14,12 @@ use crate::report::{Event, Series, line_plot};
 use crate::zoo::Access;
 
 /// The stages of a run in order.
-const STAGES: [&str; 13] = [
+const STAGES: [&str; 16] = [
     "ingest",
+    "generator",
+    "five",
     "recover",
+    "align",
     "meta",
     "meta-inner",
     "meta-outer",

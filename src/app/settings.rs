@@ -1,22 +1,22 @@
 //! From the settings a user writes to the configurations the layers below take.
 
 use super::config::{
-    AlignName, BackboneName, DistillationConfig, Edge, EstimatorName, InnerOptimizerName, InnerOrder,
-    KdLossName, KeepName, LearnerName, MetaGradientName, MetaOptimizerName, RunConfig, Schedule, SurrogateName,
+    AlignName, BackboneName, DistillationConfig, Edge, EstimatorName, InnerOptimizerName,
+    InnerOrder, KdLossName, KeepName, LearnerName, MetaGradientName, MetaOptimizerName, RunConfig,
+    Schedule, SurrogateName,
 };
 use super::run_folder::RunFolder;
 use crate::access::zero_order::{Estimator, ZeroOrder};
 use crate::access::{BlackOptions, Surrogate};
 use crate::error::{Result, ResultExt};
 use crate::meta::{
-    self, Architecture, Augmentation, Backbone, ColourMap, Distillation, InnerLoop, KdLoss, Learner,
-    MetaModel,
-    ShiftEdge, TrainConfig,
+    self, Architecture, Augmentation, Backbone, ColourMap, Distillation, InnerLoop, KdLoss,
+    Learner, MetaModel, ShiftEdge, TrainConfig,
 };
 use crate::methods::invert::UNIT;
 use crate::methods::{
-    Align, EciConfig, FiveConfig, FreeConfig, GenerateConfig, Inner, InvertConfig, Keep, MetaGradient, RecoverConfig,
-    RoundConfig, Via,
+    Align, EciConfig, FiveConfig, FreeConfig, GenerateConfig, Inner, InvertConfig, Keep,
+    MetaGradient, RecoverConfig, RoundConfig, Via,
 };
 use crate::zoo::ModelSpec;
 

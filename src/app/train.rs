@@ -304,10 +304,7 @@ impl Work<'_> {
             self.context.progress.stage("recover", Some(specs.iter().map(|s| steps(s)).sum()));
         let items: Vec<RecoverItem> = specs
             .iter()
-            .map(|spec| RecoverItem {
-                id: spec.id.clone(),
-                file: self.bank_file(spec),
-            })
+            .map(|spec| RecoverItem { id: spec.id.clone(), file: self.bank_file(spec) })
             .collect();
         let teachers = self.teachers(found)?;
         let lenders = Lenders::new(&specs, &found.zoo, &self.config.recover.white_box);

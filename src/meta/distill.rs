@@ -52,7 +52,8 @@ impl Distillation {
                 soft.len()
             )));
         }
-        let scaled: Vec<f32> = soft.iter().map(|v| (f64::from(*v) / self.temperature) as f32).collect();
+        let scaled: Vec<f32> =
+            soft.iter().map(|v| (f64::from(*v) / self.temperature) as f32).collect();
         let tape = logits.tape();
         let constant = Tensor::from_vec(scaled, (n, way), &Device::Cpu)?;
         let target = tape.constant(constant.to_dtype(logits.dtype())?).log_softmax()?;
@@ -116,7 +117,8 @@ mod tests {
                         }
                         KdLoss::Linear => -p.iter().zip(&q).map(|(p, q)| p * q).sum::<f64>() / 6.0,
                     };
-                    expected += weight * distance - (1.0 - weight) / 2.0 * softmax(own, 1.0)[label].ln();
+                    expected +=
+                        weight * distance - (1.0 - weight) / 2.0 * softmax(own, 1.0)[label].ln();
                 }
                 assert!((value - expected).abs() < 1e-6, "{value} {expected}");
                 for at in 0..6 {

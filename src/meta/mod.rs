@@ -33,6 +33,6 @@ pub use icfil::{CalibrationLoss, Contrast, IcfilConfig};
 pub use learner::{InnerLoop, InnerOrder, Learner, MetaModel, Task};
 pub use protonet::{Classification, classify};
 pub use train::{
-    Iteration, Lesson, Limits, Schedule, Sources, StepSeconds, StopReason, TaskGradient, TrainConfig,
-    Trainer, mean_gradient,
+    Iteration, Lesson, Limits, Schedule, Sources, StepSeconds, StopReason, TaskGradient,
+    TrainConfig, Trainer, mean_gradient,
 };

@@ -112,10 +112,8 @@ impl MetaGenerator {
         let mut classes: Vec<usize> = labels.to_vec();
         classes.sort_unstable();
         classes.dedup();
-        let rows: Vec<usize> = labels
-            .iter()
-            .map(|label| classes.binary_search(label).unwrap_or_default())
-            .collect();
+        let rows: Vec<usize> =
+            labels.iter().map(|label| classes.binary_search(label).unwrap_or_default()).collect();
         let drawn = rng.normals(classes.len() * latent);
         let vectors = Tensor::from_vec(drawn, (classes.len(), latent), &Device::Cpu)?;
         Latents::conditional(vectors, &rows, spread, rng)
@@ -148,9 +146,13 @@ impl MetaGenerator {
             let made = clone.step([config.rate, config.latent_rate], |images| {
                 let images = roll(images, dy, dx);
                 let found = match student {
-                    Some(student) if config.boundary > 0.0 => {
-                        student.image_gradient(teacher, &images, &objective, config.boundary, rng)?
-                    }
+                    Some(student) if config.boundary > 0.0 => student.image_gradient(
+                        teacher,
+                        &images,
+                        &objective,
+                        config.boundary,
+                        rng,
+                    )?,
                     _ => teacher.image_gradient(&images, &objective, rng)?,
                 };
                 last = RecoverIteration {

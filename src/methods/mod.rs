@@ -19,8 +19,8 @@ pub use five::{FiveConfig, MetaGenerator, MetaGradient, Visit};
 pub use free::{Align, Free, FreeConfig, FreeEvent, Inner, Keep};
 pub use generate::GenerateConfig;
 pub use invert::InvertConfig;
-pub use rounds::{Round, RoundConfig, Visited, draw};
 pub use recover::{
-    Opener, RecoverConfig, RecoverItem, RecoverIteration, RecoverStop, Recovered, Via, Watch, recover,
-    recover_one,
+    Opener, RecoverConfig, RecoverItem, RecoverIteration, RecoverStop, Recovered, Via, Watch,
+    recover, recover_one,
 };
+pub use rounds::{Round, RoundConfig, Visited, draw};

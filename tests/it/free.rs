@@ -52,9 +52,8 @@ const ROUND: RoundConfig = RoundConfig { seed: 3, models: 2, images_per_class: 3
 
 /// After `rounds` rounds with the three models.
 fn trained(config: FiveConfig, from: Option<&TensorStore>, rounds: u64) -> MetaGenerator {
-    let open = |index: usize| -> metazoa::Result<Box<dyn Teacher>> {
-        Ok(Box::new(teacher(THREE[index])))
-    };
+    let open =
+        |index: usize| -> metazoa::Result<Box<dyn Teacher>> { Ok(Box::new(teacher(THREE[index]))) };
     let open: &Opener<'_> = &open;
     let teachers = OpenTeachers::new(open);
     let interrupt = GOING;
@@ -177,12 +176,8 @@ fn pictures(n: usize, key: &str) -> Images {
 #[test]
 fn the_boundary_term_is_differentiated_through_teacher_and_student() {
     let teacher = teacher(THREE[0]);
-    let inner = InnerLoop {
-        train_steps: 2,
-        test_steps: 3,
-        learning_rate: 0.05,
-        order: InnerOrder::Second,
-    };
+    let inner =
+        InnerLoop { train_steps: 2, test_steps: 3, learning_rate: 0.05, order: InnerOrder::Second };
     for learner in [Learner::ProtoNet, Learner::Anil(inner), Learner::Maml(inner)] {
         let backbone = Backbone::conv4(4, 11).unwrap();
         let model = MetaModel::new(backbone, learner, [32, 32], 1).unwrap();

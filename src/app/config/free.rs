@@ -102,10 +102,9 @@ impl FreeConfig {
             return Err(Error::input("setting must not be 0: `free.visits_kept`"));
         }
         let align = &self.align;
-        for (name, value) in [
-            ("learning_rate", align.learning_rate),
-            ("scale", align.scale.unwrap_or(1.0)),
-        ] {
+        for (name, value) in
+            [("learning_rate", align.learning_rate), ("scale", align.scale.unwrap_or(1.0))]
+        {
             if !(value.is_finite() && value > 0.0) {
                 return Err(Error::input(format!(
                     "`free.align.{name}` must be a positive number: `{value}`"
@@ -136,7 +135,7 @@ impl Default for FreeConfig {
     fn default() -> Self {
         Self {
             warm_up: 20,
-            patience: 10,
+            patience: 40,
             visits_kept: 8,
             keep: KeepName::All,
             memory_mib: 1024,

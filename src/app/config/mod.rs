@@ -19,7 +19,8 @@ pub mod types;
 pub use backbone::BackboneName;
 pub use five::{FiveConfig, MetaGradientName, MetaOptimizerName};
 pub use free::{
-    AlignConfig, AlignName, DistillationConfig, FreeConfig, InnerOptimizerName, KdLossName, KeepName,
+    AlignConfig, AlignName, DistillationConfig, FreeConfig, InnerOptimizerName, KdLossName,
+    KeepName,
 };
 pub use icfil::IcfilConfig;
 pub use training::{EarlyStopConfig, MergeClasses, MetaStart};

@@ -1,5 +1,7 @@
 //! The meta-generator within a run: trained, logged, saved, resumed.
 
+use std::time::Instant;
+
 use super::Work;
 use crate::app::ingest::Ingest;
 use crate::app::settings;
@@ -21,6 +23,7 @@ impl Work<'_> {
         found: &Ingest,
         specs: &[&ModelSpec],
     ) -> Result<MetaGenerator> {
+        let begin = Instant::now();
         let config = settings::five_config(self.config);
         let file = self.run.generator();
         let mut generator = match TensorStore::load(&file) {
@@ -48,7 +51,13 @@ impl Work<'_> {
             let number = generator.rounds();
             let chosen = draw(&plan, number, &models);
             let pay = |generator: &MetaGenerator, model: usize| {
-                generator.visit_of_round((&plan, number), model, &teachers, &|_, _| Ok(None), &watch)
+                generator.visit_of_round(
+                    (&plan, number),
+                    model,
+                    &teachers,
+                    &|_, _| Ok(None),
+                    &watch,
+                )
             };
             let round = match generator.round(&chosen, pay) {
                 Err(error) if error.kind() == ErrorKind::Interrupted => {
@@ -77,6 +86,10 @@ impl Work<'_> {
             }
         }
         save(&generator)?;
+        // Part of the stage `recover`.
+        let mut record = self.run.record()?;
+        *record.seconds.entry("generator".into()).or_default() += begin.elapsed().as_secs_f64();
+        self.run.save_record(&record)?;
         Ok(generator)
     }
 }

@@ -75,6 +75,7 @@ impl Work<'_> {
                 for (model, error) in round.failed.drain(..) {
                     failed.insert(model, error);
                 }
+                begin = Instant::now();
                 watching.go_on(told)
             }
             FreeEvent::Aligned { iteration, cosine } => {
@@ -84,10 +85,12 @@ impl Work<'_> {
                 if let Some(cosine) = cosine {
                     event = event.value("cosine", cosine);
                 }
-                match self.log.write(&event) {
+                let next = match self.log.write(&event) {
                     Ok(()) => watching.after(trainer, &iteration, || save(free, trainer)),
                     error => watching.go_on(error),
-                }
+                };
+                begin = Instant::now();
+                next
             }
             FreeEvent::Replayed(iteration) => {
                 let next = watching.after(trainer, &iteration, || save(free, trainer));
@@ -133,8 +136,7 @@ impl Work<'_> {
         open: &Opener<'_>,
         failed: Option<Error>,
     ) -> Result<Recovered> {
-        let (images, labels) =
-            free.memory().newest(index, self.config.recover.images_per_class)?;
+        let (images, labels) = free.memory().newest(index, self.config.recover.images_per_class)?;
         let ended = match failed {
             Some(error) if images.is_empty() => return Err(error),
             Some(error) if error.kind() == ErrorKind::Budget => RecoverStop::BudgetSpent,

@@ -167,8 +167,7 @@ mod tests {
         let student: Vec<f32> =
             [log_probabilities(&[0.1, 0.9, -0.4]), log_probabilities(&[2.0, 0.0, 0.0])].concat();
         let classes = [0, 2, 3];
-        let loss =
-            Boundary { wanted: &wanted, student: &student, classes: &classes, weight: 0.7 };
+        let loss = Boundary { wanted: &wanted, student: &student, classes: &classes, weight: 0.7 };
         let logits = [0.3, -1.2, 0.8, -0.5];
         for (index, agrees) in [(0, true), (1, false)] {
             let mut gradient = [0.0; 4];

@@ -87,9 +87,7 @@ impl GeneratorNet {
         /// Mean and spread of each weight, in order.
         const DRAWN: [[f32; 2]; 12] = {
             let (weight, scale, zero) = ([0.0, SPREAD], [1.0, SPREAD], [0.0, 0.0]);
-            [
-                weight, zero, scale, zero, weight, scale, zero, weight, scale, zero, weight, zero,
-            ]
+            [weight, zero, scale, zero, weight, scale, zero, weight, scale, zero, weight, zero]
         };
         let shapes = self.shapes();
         shapes.iter().zip(DRAWN).map(|(shape, [m, s])| normals(shape, m, s, rng)).collect()
@@ -299,9 +297,8 @@ impl Generator {
         image_gradient: impl FnOnce(&Images) -> Result<Images>,
     ) -> Result<Made> {
         let tape = Tape::new();
-        let leaves = |list: &[Tensor]| -> Vec<Var> {
-            list.iter().map(|p| tape.leaf(p.clone())).collect()
-        };
+        let leaves =
+            |list: &[Tensor]| -> Vec<Var> { list.iter().map(|p| tape.leaf(p.clone())).collect() };
         let mut parameters = self.latents.parameters();
         let (weights, latents) = (leaves(&self.weights), leaves(&parameters));
         let output = self.net.forward(&weights, &self.latents.join(&latents)?)?;
