@@ -282,6 +282,7 @@ fn agreements(
                     jitter: 0,
                 },
                 black_box: GenerateConfig {
+                    statistics: 0.0,
                     steps,
                     learning_rate: 1e-3,
                     latent: 256,

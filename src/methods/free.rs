@@ -147,6 +147,9 @@ impl SoftLabels for Asked<'_> {
     }
 }
 
+/// The gradient of episode `number` at these parameters.
+type GradientAt<'a> = dyn FnMut(usize, &[Tensor]) -> Result<Vec<Tensor>> + 'a;
+
 /// What the outer optimiser follows after `count` steps from `start`, each along the gradient that `gradient` finds where
 /// it stands. By gradient descent of rate `e` that is the sum of the gradients at the start less `e` times the sum over
 /// pairs j < k of `H_k g_j`: descent on the losses, and, over random orders, ascent on the inner products of the gradients
@@ -155,7 +158,7 @@ fn way_back(
     start: &[Tensor],
     inner: Inner,
     count: usize,
-    gradient: &mut dyn FnMut(usize, &[Tensor]) -> Result<Vec<Tensor>>,
+    gradient: &mut GradientAt<'_>,
 ) -> Result<Vec<Tensor>> {
     let mut at = start.to_vec();
     let mut adam = Adam::new(AdamOptions::STANDARD, start.iter().map(Tensor::elem_count));

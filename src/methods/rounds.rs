@@ -34,6 +34,9 @@ pub struct Visited {
     pub visit: Visit,
 }
 
+/// The learner that images of a model and of these labels are to be hard for, where there is one.
+pub type StudentOf<'a, 't> = dyn Fn(usize, &[usize]) -> Result<Option<Student<'t>>> + Sync + 'a;
+
 /// What came of a round.
 #[derive(Default)]
 pub struct Round {
@@ -105,7 +108,7 @@ impl MetaGenerator {
         (config, number): (&RoundConfig, u64),
         model: usize,
         teachers: &OpenTeachers<'_>,
-        student: &(dyn Fn(usize, &[usize]) -> Result<Option<Student<'t>>> + Sync),
+        student: &StudentOf<'_, 't>,
         watch: &Watch<'_>,
     ) -> Result<Visited> {
         let teacher = teachers.get(model)?;

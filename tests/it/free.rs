@@ -20,7 +20,7 @@ use crate::support::{run_in, temp_dir};
 
 const THREE: [&str; 3] =
     ["ss_001_glyphs_conv4_32", "ss_011_glyphs_conv4_32", "ss_028_glyphs_conv4_32"];
-const GOING: AtomicBool = AtomicBool::new(false);
+static GOING: AtomicBool = AtomicBool::new(false);
 
 fn teacher(name: &str) -> WhiteTeacher {
     let spec = read::read_file(&model(name)).unwrap().spec;
@@ -56,8 +56,7 @@ fn trained(config: FiveConfig, from: Option<&TensorStore>, rounds: u64) -> MetaG
         |index: usize| -> metazoa::Result<Box<dyn Teacher>> { Ok(Box::new(teacher(THREE[index]))) };
     let open: &Opener<'_> = &open;
     let teachers = OpenTeachers::new(open);
-    let interrupt = GOING;
-    let watch = Watch { observe: &|_| {}, interrupt: &interrupt };
+    let watch = Watch { observe: &|_| {}, interrupt: &GOING };
     let mut generator = match from {
         Some(store) => MetaGenerator::read_from(config, store).unwrap(),
         None => MetaGenerator::new(config).unwrap(),
@@ -79,8 +78,7 @@ fn trained(config: FiveConfig, from: Option<&TensorStore>, rounds: u64) -> MetaG
 }
 
 fn visit(generator: &MetaGenerator, name: &str) -> Visit {
-    let interrupt = GOING;
-    let watch = Watch { observe: &|_| {}, interrupt: &interrupt };
+    let watch = Watch { observe: &|_| {}, interrupt: &GOING };
     let labels: Vec<usize> = (0..15).map(|i| i / 3).collect();
     let mut rng = RngStream::new(9, "test", name, 0);
     generator.visit(&teacher(name), &labels, None, &mut rng, &watch).unwrap()

@@ -107,7 +107,7 @@ impl Default for FiveConfig {
             latent_learning_rate: 0.1,
             class_spread: None,
             statistics_weight: 1.0,
-            boundary_weight: 0.0,
+            boundary_weight: 1.0,
             jitter: 2,
             meta_gradient: MetaGradientName::LastStep,
             meta_learning_rate: 2e-3,

@@ -21,6 +21,15 @@ struct Entry {
     labels: Vec<usize>,
 }
 
+/// A class of the memory.
+#[derive(Debug)]
+struct Class {
+    /// Model, and class of that model.
+    origin: (usize, usize),
+    /// Entry and position of each image, oldest first.
+    places: Vec<(usize, usize)>,
+}
+
 /// Images of the newest visits to each model.
 #[derive(Debug)]
 pub struct Memory {
@@ -31,8 +40,8 @@ pub struct Memory {
     /// Most bytes in memory.
     limit: usize,
     entries: Vec<Entry>,
-    /// (Model, class) of each class that has images, and where those are: entry and position.
-    classes: Vec<((usize, usize), Vec<(usize, usize)>)>,
+    /// The classes that have images, in order.
+    classes: Vec<Class>,
     next: u64,
     held: Mutex<Vec<(u64, Arc<Images>)>>,
 }
@@ -100,7 +109,8 @@ impl Memory {
                 classes.entry((entry.model, label)).or_default().push((at, position));
             }
         }
-        self.classes = classes.into_iter().collect();
+        let class = |(origin, places)| Class { origin, places };
+        self.classes = classes.into_iter().map(class).collect();
     }
 
     fn load(&self, number: u64) -> Result<Arc<Images>> {
@@ -139,13 +149,13 @@ impl Memory {
 
     /// The class of this source that is `class` of `model`, and how many images it has, oldest first.
     pub fn find(&self, model: usize, class: usize) -> Option<(usize, usize)> {
-        let at = self.classes.binary_search_by_key(&(model, class), |(key, _)| *key).ok()?;
-        Some((at, self.classes[at].1.len()))
+        let at = self.classes.binary_search_by_key(&(model, class), |own| own.origin).ok()?;
+        Some((at, self.classes[at].places.len()))
     }
 
     /// Model and class of a class of this source.
     pub fn origin(&self, class: usize) -> (usize, usize) {
-        self.classes[class].0
+        self.classes[class].origin
     }
 
     /// Image `index` of a class, `[3, H, W]`.
@@ -153,7 +163,7 @@ impl Memory {
     /// # Errors
     /// When the disk cannot be read.
     pub fn image(&self, class: usize, index: usize) -> Result<Vec<f32>> {
-        let (entry, position) = self.classes[class].1[index];
+        let (entry, position) = self.classes[class].places[index];
         Ok(self.load(self.entries[entry].number)?.image(position).to_vec())
     }
 
@@ -164,11 +174,11 @@ impl Memory {
     pub fn newest(&self, model: usize, each: usize) -> Result<(Images, Vec<usize>)> {
         let [h, w] = self.size;
         let (mut data, mut labels) = (Vec::new(), Vec::new());
-        for (at, ((own, label), places)) in self.classes.iter().enumerate() {
-            if *own == model {
-                for index in (0..places.len()).rev().take(each) {
+        for (at, class) in self.classes.iter().enumerate() {
+            if class.origin.0 == model {
+                for index in (0..class.places.len()).rev().take(each) {
                     data.extend(self.image(at, index)?);
-                    labels.push(*label);
+                    labels.push(class.origin.1);
                 }
             }
         }
@@ -231,11 +241,11 @@ impl ClassSource for Memory {
     }
 
     fn images_in(&self, class: usize) -> usize {
-        self.classes[class].1.len()
+        self.classes[class].places.len()
     }
 
     fn source_model(&self, class: usize) -> usize {
-        self.classes[class].0.0
+        self.classes[class].origin.0
     }
 
     fn image_size(&self) -> [usize; 2] {
@@ -243,7 +253,7 @@ impl ClassSource for Memory {
     }
 
     fn read(&self, class: usize, index: usize, pixels: &mut [f32]) -> Result<()> {
-        let (entry, position) = self.classes[class].1[index];
+        let (entry, position) = self.classes[class].places[index];
         pixels.copy_from_slice(self.load(self.entries[entry].number)?.image(position));
         Ok(())
     }
