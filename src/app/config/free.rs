@@ -141,7 +141,8 @@ impl Default for FreeConfig {
             memory_mib: 1024,
             align: AlignConfig::default(),
             distillation: DistillationConfig { weight: 1.0, ..DistillationConfig::default() },
-            cross_task: Some(DistillationConfig::default()),
+            // It cost time and brought nothing (docs/free.md).
+            cross_task: None,
         }
     }
 }

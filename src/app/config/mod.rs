@@ -9,6 +9,7 @@ use std::path::Path;
 use serde_yaml::Value;
 
 mod backbone;
+pub mod black_box;
 mod faithful;
 pub mod five;
 pub mod free;
@@ -17,6 +18,7 @@ pub mod training;
 pub mod types;
 
 pub use backbone::BackboneName;
+pub use black_box::{BlackBoxConfig, EstimatorName};
 pub use five::{FiveConfig, MetaGradientName, MetaOptimizerName};
 pub use free::{
     AlignConfig, AlignName, DistillationConfig, FreeConfig, InnerOptimizerName, KdLossName,
@@ -25,9 +27,9 @@ pub use free::{
 pub use icfil::IcfilConfig;
 pub use training::{EarlyStopConfig, MergeClasses, MetaStart};
 pub use types::{
-    AugmentationConfig, BlackBoxConfig, ColorConfig, Edge, EstimatorName, EvalConfig, ExportForm,
-    InnerConfig, InnerOrder, LearnerName, MetaConfig, Method, RecoverBy, RecoverConfig, RunConfig,
-    Schedule, SurrogateName, WhiteBoxConfig,
+    AugmentationConfig, ColorConfig, Edge, EvalConfig, ExportForm, InnerConfig, InnerOrder,
+    LearnerName, MetaConfig, Method, RecoverBy, RecoverConfig, RunConfig, Schedule, SurrogateName,
+    WhiteBoxConfig,
 };
 
 use crate::error::{Error, Result, ResultExt};
