@@ -55,10 +55,14 @@ impl Round {
     }
 }
 
-/// Whom to visit in round `number`, of `models`, and for which classes: the same for the same seed, whoever asks.
+/// Whom to visit in round `number`, of `models`: in random order, and nobody again before all had their turn. The last
+/// round of a turn may be smaller.
 pub fn draw(config: &RoundConfig, number: u64, models: &[usize]) -> Vec<usize> {
-    let mut rng = RngStream::new(config.seed, "five", "round", number);
-    rng.sample(models.len(), config.models).into_iter().map(|at| models[at]).collect()
+    let size = config.models.clamp(1, models.len().max(1));
+    let rounds = models.len().div_ceil(size).max(1) as u64;
+    let mut order = models.to_vec();
+    RngStream::new(config.seed, "five", "turn", number / rounds).shuffle(&mut order);
+    order.into_iter().skip((number % rounds) as usize * size).take(size).collect()
 }
 
 impl RoundConfig {
@@ -117,5 +121,28 @@ impl MetaGenerator {
         let student = student(model, &labels)?;
         let visit = self.visit(teacher.as_ref(), &labels, student.as_ref(), &mut rng, watch)?;
         Ok(Visited { model, labels, teacher, visit })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_is_visited_again_before_all_were() {
+        let config = RoundConfig { seed: 1, models: 3, images_per_class: 1, classes: 1 };
+        let models = [4, 7, 8, 9, 20];
+        let turn = |first: u64| -> Vec<usize> {
+            (first..first + 2).flat_map(|number| draw(&config, number, &models)).collect()
+        };
+        for first in [0, 2, 10] {
+            assert_eq!(draw(&config, first, &models).len(), 3);
+            let mut all = turn(first);
+            all.sort_unstable();
+            assert_eq!(all, models);
+        }
+        assert_ne!(turn(0), turn(2));
+        assert_eq!(draw(&config, 5, &[6]), [6]);
+        assert!(draw(&config, 5, &[]).is_empty());
     }
 }
