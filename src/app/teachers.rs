@@ -207,3 +207,23 @@ impl<'a> Lenders<'a> {
         Borrowing::over(teacher, lenders, self.factor)
     }
 }
+
+/// The models of a run as teachers, by their number among `specs`.
+pub struct Opening<'a> {
+    /// The models.
+    pub specs: &'a [&'a ModelSpec],
+    /// How they are opened.
+    pub teachers: TeacherOptions,
+    /// Who lends to those without statistics.
+    pub lenders: Lenders<'a>,
+}
+
+impl Opening<'_> {
+    /// Opens one.
+    ///
+    /// # Errors
+    /// As [`open`].
+    pub fn open(&self, index: usize) -> Result<Box<dyn Teacher>> {
+        open(self.specs[index], &self.teachers).map(|teacher| self.lenders.lend(teacher))
+    }
+}

@@ -16,7 +16,7 @@ use super::ingest::{CatalogWriting, Ingest, IngestOptions, ProbeOptions, Strictn
 use super::mean::mean_of_teachers;
 use super::queries::{ModelOutcome, Queries};
 use super::run_folder::{RunFolder, RunRecord, UsedModel, versions};
-use super::teachers::{Lenders, TeacherOptions, open};
+use super::teachers::{Lenders, Opening, TeacherOptions};
 use super::{Context, queries, settings};
 use crate::access::library::RuntimeOptions;
 use crate::error::{Error, ErrorKind, Result};
@@ -163,19 +163,11 @@ pub fn train(context: &Context, options: &TrainOptions) -> Result<TrainResult> {
     let log = run.event_log()?;
     let work = Work { context, options, config: &config, run: &run, log: &log, begin };
     let result = match config.method {
-        Method::Free => work.free(&found, &specs),
-        Method::Inversion | Method::Purer => {
-            work.recover(&found, &specs).and_then(|(bank, recover)| {
-                let begin_meta = Instant::now();
-                let bank = work.merged(bank);
-                let trained = match config.method {
-                    Method::Purer => work.meta_train_moving(&found, &specs, &bank)?,
-                    Method::Inversion | Method::Free => work.meta_train(&bank)?,
-                };
-                let meta = begin_meta.elapsed().as_secs_f64();
-                Ok((bank, recover, trained, meta))
-            })
+        Method::Inversion => work.recover_first(&found, &specs, |bank| work.meta_train(bank)),
+        Method::Purer => {
+            work.recover_first(&found, &specs, |bank| work.meta_train_moving(&found, &specs, bank))
         }
+        Method::Free => work.free(&found, &specs),
     };
     let mut record = run.record()?;
     let (bank, recover, trained, meta) = match result {
@@ -282,6 +274,20 @@ impl Work<'_> {
         self.begin.elapsed().as_secs_f64()
     }
 
+    /// Recovers every model's images and then trains on them: the bank, how training ended, and the seconds of both.
+    fn recover_first(
+        &self,
+        found: &Ingest,
+        specs: &[ModelSpec],
+        train: impl FnOnce(&ImageBank) -> Result<Trained>,
+    ) -> Result<(ImageBank, f64, Trained, f64)> {
+        let (bank, recover) = self.recover(found, specs)?;
+        let begin = Instant::now();
+        let bank = self.merged(bank);
+        let trained = train(&bank)?;
+        Ok((bank, recover, trained, begin.elapsed().as_secs_f64()))
+    }
+
     /// Recovers every model's images; returns the bank and the time it took.
     fn recover(&self, found: &Ingest, specs: &[ModelSpec]) -> Result<(ImageBank, f64)> {
         let begin = Instant::now();
@@ -290,14 +296,14 @@ impl Work<'_> {
         let specs: Vec<&ModelSpec> =
             specs.iter().filter(|spec| !gone.contains(&rejected_path(found, spec))).collect();
         let settings = settings::recover_config(self.config);
-        let generator = match self.config.recover.by {
-            RecoverBy::Five => Some(self.meta_generator(found, &specs)?),
-            RecoverBy::Pixels | RecoverBy::Generator => None,
-        };
-        let via = match (&generator, self.config.recover.by) {
-            (Some(generator), _) => Via::Five(generator),
-            (None, RecoverBy::Generator) => Via::Generator,
-            (None, _) => Via::Pixels,
+        let generator;
+        let via = match self.config.recover.by {
+            RecoverBy::Pixels => Via::Pixels,
+            RecoverBy::Generator => Via::Generator,
+            RecoverBy::Five => {
+                generator = self.meta_generator(found, &specs)?;
+                Via::Five(&generator)
+            }
         };
         let steps = |spec: &ModelSpec| settings.steps(spec, via) as u64;
         let stage =
@@ -306,15 +312,14 @@ impl Work<'_> {
             .iter()
             .map(|spec| RecoverItem { id: spec.id.clone(), file: self.bank_file(spec) })
             .collect();
-        let teachers = self.teachers(found)?;
-        let lenders = Lenders::new(&specs, &found.zoo, &self.config.recover.white_box);
+        let opening = self.opening(found, &specs)?;
         let failed: Mutex<Option<Error>> = Mutex::default();
         let keep = |error: Error| {
             failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get_or_insert(error);
         };
         let results = recover(
             &items,
-            &|index| open(specs[index], &teachers).map(|teacher| lenders.lend(teacher)),
+            &|index| opening.open(index),
             (&settings, via),
             &self.context.interrupt,
             &|index, iteration| {
@@ -362,6 +367,12 @@ impl Work<'_> {
         let mut teachers = TeacherOptions::new(self.context, self.config, zoo, runtime);
         teachers.queries = Some(self.queries()?);
         Ok(teachers)
+    }
+
+    /// How the models of `specs` are opened, by their number there, statistics on loan included.
+    fn opening<'s>(&self, found: &'s Ingest, specs: &'s [&'s ModelSpec]) -> Result<Opening<'s>> {
+        let lenders = Lenders::new(specs, &found.zoo, &self.config.recover.white_box);
+        Ok(Opening { specs, teachers: self.teachers(found)?, lenders })
     }
 
     fn queries(&self) -> Result<Queries> {

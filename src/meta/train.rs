@@ -362,15 +362,6 @@ fn accuracy(logits: &Var, episode: &Episode) -> Result<f64> {
     Ok(right as f64 / rows.len().max(1) as f64)
 }
 
-fn all_finite(tensors: &[Tensor]) -> Result<bool> {
-    for tensor in tensors {
-        if tensor.flatten_all()?.to_vec1::<f32>()?.iter().any(|v| !v.is_finite()) {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
 /// The episode's images, augmented, as a tensor `[n, 3, H, W]`.
 pub(super) fn read_images(
     source: &dyn ClassSource,

@@ -7,14 +7,14 @@
 //! architecture, classes and input size, and all their images are kept (the published program keeps the last one's).
 
 use candle_core::{Device, Tensor};
-use rayon::prelude::*;
 
-use super::invert::roll;
+use super::invert::{roll, shared_weight};
 use super::parts::generator::{ADAM, GeneratorNet, Latents};
 use super::parts::{CrossEntropy, Generator, Student};
 use super::recover::{RecoverIteration, Watch};
 use crate::access::{Objective, Teacher};
 use crate::error::{Error, Result};
+use crate::tensor::lists::{add_all, all_finite};
 use crate::tensor::{Adam, Images, RngStream, TensorStore};
 
 /// What a visit tells the meta-generator.
@@ -59,6 +59,14 @@ pub struct FiveConfig {
     pub meta_rate: f64,
     /// Whether Adam's moments are lost from round to round (a defect of the published program).
     pub forgetful: bool,
+}
+
+/// The classes among `labels`, in order.
+pub(super) fn distinct(labels: &[usize]) -> Vec<usize> {
+    let mut classes = labels.to_vec();
+    classes.sort_unstable();
+    classes.dedup();
+    classes
 }
 
 /// The generator that all teachers share.
@@ -109,9 +117,7 @@ impl MetaGenerator {
         let Some(spread) = self.config.class_spread else {
             return Latents::free(labels.len(), latent, rng);
         };
-        let mut classes: Vec<usize> = labels.to_vec();
-        classes.sort_unstable();
-        classes.dedup();
+        let classes = distinct(labels);
         let rows: Vec<usize> =
             labels.iter().map(|label| classes.binary_search(label).unwrap_or_default()).collect();
         let drawn = rng.normals(classes.len() * latent);
@@ -135,7 +141,7 @@ impl MetaGenerator {
         let latents = self.latents(labels, rng)?;
         let mut clone = Generator::of(self.net, self.weights.clone(), latents);
         let loss = CrossEntropy::new(labels.to_vec());
-        let statistics_weight = config.statistics / teacher.statistics_layers().max(1) as f32;
+        let statistics_weight = shared_weight(config.statistics, teacher);
         let objective = Objective { logits: &loss, statistics_weight };
         let reach = config.jitter as i64;
         let mut told: Vec<Tensor> = Vec::new();
@@ -165,9 +171,7 @@ impl MetaGenerator {
             })?;
             match config.meta {
                 MetaGradient::AllSteps if step > 0 => {
-                    for (sum, gradient) in told.iter_mut().zip(&made.gradients) {
-                        *sum = (&*sum + gradient)?;
-                    }
+                    add_all(&mut told, &made.gradients)?;
                 }
                 MetaGradient::AllSteps | MetaGradient::LastStep => told = made.gradients,
                 MetaGradient::Reptile => {}
@@ -191,16 +195,14 @@ impl MetaGenerator {
         };
         let mut sums = first.to_vec();
         for visit in rest {
-            for (sum, own) in sums.iter_mut().zip(*visit) {
-                *sum = (&*sum + own)?;
-            }
+            add_all(&mut sums, visit)?;
         }
         for sum in &mut sums {
             *sum = (&*sum / told.len() as f64)?;
-            if sum.flatten_all()?.to_vec1::<f32>()?.iter().any(|v| !v.is_finite()) {
-                return Err(Error::input("the meta-generator's gradient is not finite")
-                    .hint("lower `five.learning_rate` or `five.meta_learning_rate`"));
-            }
+        }
+        if !all_finite(&sums)? {
+            return Err(Error::input("the meta-generator's gradient is not finite")
+                .hint("lower `five.learning_rate` or `five.meta_learning_rate`"));
         }
         if self.config.forgetful {
             self.adam = Adam::new(ADAM, self.weights.iter().map(Tensor::elem_count));
@@ -250,17 +252,4 @@ impl MetaGenerator {
         own.rounds = store.number("five.rounds")?;
         Ok(own)
     }
-
-    /// Visits several teachers side by side: `work` says for each what to do. Results are in its order.
-    pub fn visit_all<T: Sync, R: Send>(
-        &self,
-        work: &[T],
-        one: impl Fn(&T) -> Result<R> + Sync,
-    ) -> Vec<Result<R>> {
-        rayon::scope(|_| work.par_iter().with_max_len(1).map(&one).collect())
-    }
 }
-
-#[cfg(test)]
-#[path = "five_tests.rs"]
-mod tests;

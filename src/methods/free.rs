@@ -9,7 +9,7 @@ use std::ops::ControlFlow;
 
 use candle_core::Tensor;
 
-use super::five::MetaGenerator;
+use super::five::{MetaGenerator, distinct};
 use super::parts::{Memory, OpenTeachers, Student};
 use super::recover::Watch;
 use super::rounds::{Round, RoundConfig, draw};
@@ -231,8 +231,7 @@ impl<'a> Free<'a> {
         model: usize,
         labels: &[usize],
     ) -> Result<Option<Student<'t>>> {
-        let mut classes = labels.to_vec();
-        classes.dedup();
+        let classes = distinct(labels);
         if self.generator.config().boundary <= 0.0 || classes.len() < 2 {
             return Ok(None);
         }
@@ -259,7 +258,7 @@ impl<'a> Free<'a> {
         let mut round = generator.round(&chosen, |generator, model| {
             generator.visit_of_round((&plan, number), model, &this.teachers, &student, watch)
         })?;
-        self.models.retain(|own| round.failed.iter().all(|(gone, _)| gone != own));
+        round.leave_out_failed(&mut self.models);
         if self.models.is_empty() && self.memory.is_empty() {
             return Err(match round.failed.pop() {
                 Some((_, error)) => error,
@@ -281,8 +280,7 @@ impl<'a> Free<'a> {
 
     /// An episode of a model's newest visit.
     fn episode_of(&self, trainer: &Trainer, model: usize, labels: &[usize]) -> Option<Episode> {
-        let mut classes = labels.to_vec();
-        classes.dedup();
+        let classes = distinct(labels);
         let each = labels.len() / classes.len().max(1);
         let shot = trainer.config().shot.min(each / 2);
         if classes.len() < 2 || shot == 0 {
@@ -384,15 +382,17 @@ impl<'a> Free<'a> {
                         }
                     }
                 }
-                if self.sampler(trainer).is_err() && !self.models.is_empty() {
-                    // Too few images yet.
-                    self.replay = None;
-                    continue;
-                }
                 self.replay = Some((f64::NEG_INFINITY, 0));
             }
-            if let Some(reason) = self.replay(trainer, observe)? {
-                return Ok(reason);
+            match self.sampler(trainer) {
+                Ok(sampler) => {
+                    if let Some(reason) = self.replay(trainer, &sampler, observe)? {
+                        return Ok(reason);
+                    }
+                }
+                // Too few images yet.
+                Err(_) if !self.models.is_empty() => self.replay = None,
+                Err(error) => return Err(error),
             }
         }
         Ok(StopReason::Done)
@@ -407,14 +407,14 @@ impl<'a> Free<'a> {
     fn replay(
         &mut self,
         trainer: &mut Trainer,
+        sampler: &EpisodeSampler,
         observe: &mut dyn FnMut(&Self, &Trainer, FreeEvent<'_>) -> ControlFlow<()>,
     ) -> Result<Option<StopReason>> {
-        let sampler = self.sampler(trainer)?;
         while trainer.step() < trainer.config().steps {
             let Some((best, since)) = self.replay else { return Ok(None) };
             let asked = Asked { memory: &self.memory, teachers: &self.teachers };
             let soft = self.config.cross.map(|how| (&asked as &dyn SoftLabels, how));
-            let Some(iteration) = trainer.update(&self.memory, &sampler, &Lesson { soft })? else {
+            let Some(iteration) = trainer.update(&self.memory, sampler, &Lesson { soft })? else {
                 return Ok(Some(StopReason::Diverged));
             };
             let since = if iteration.accuracy > best { 0 } else { since + 1 };

@@ -8,6 +8,7 @@ use crate::access::{Guide, Objective, Teacher};
 use crate::error::{ErrorKind, Result};
 use crate::tensor::{Images, RngStream};
 
+use super::invert::shared_weight;
 use super::parts::{CrossEntropy, Generator};
 use super::recover::{RecoverIteration, RecoverStop, Watch};
 
@@ -46,7 +47,7 @@ pub fn generate(
     let mut generator =
         Generator::new(labels.len(), config.latent, config.features, image_size, &mut rng)?;
     let loss = CrossEntropy::new(labels.to_vec());
-    let statistics_weight = config.statistics / teacher.statistics_layers().max(1) as f32;
+    let statistics_weight = shared_weight(config.statistics, teacher);
     let objective = Objective { logits: &loss, statistics_weight };
     let mut best: Option<(f64, Images)> = None;
     let mut prior: Option<Images> = None;

@@ -40,9 +40,9 @@ pub struct InvertConfig {
 
 const ADAM: AdamOptions = AdamOptions { beta1: 0.5, beta2: 0.99, ..AdamOptions::STANDARD };
 
-/// The weight of the statistics of one layer.
-fn shared_weight(config: &InvertConfig, teacher: &dyn Teacher) -> f32 {
-    config.statistics / teacher.statistics_layers().max(1) as f32
+/// The weight of the statistics of one layer, of `statistics` for all.
+pub(super) fn shared_weight(statistics: f32, teacher: &dyn Teacher) -> f32 {
+    statistics / teacher.statistics_layers().max(1) as f32
 }
 
 /// Images whose pixels are free, with the state of their optimiser.
@@ -108,7 +108,7 @@ impl FreePixels {
         z.iter_mut().for_each(|v| *v = v.clamp(-RANGE, RANGE));
         let (dy, dx) = (rng.integer_in(-reach, reach), rng.integer_in(-reach, reach));
         let images = roll(&canonical(z, self.shape)?, dy, dx);
-        let statistics_weight = shared_weight(config, teacher);
+        let statistics_weight = shared_weight(config.statistics, teacher);
         let objective = Objective { logits: loss, statistics_weight };
         let found = teacher.image_gradient(&images, &objective, rng)?;
         let mut gradient = roll(&found.gradient, -dy, -dx).into_data();
@@ -204,7 +204,7 @@ pub fn invert(
         size: image_size,
         labels,
         standard: [MIDDLE, UNIT, RANGE],
-        statistics: shared_weight(config, teacher),
+        statistics: shared_weight(config.statistics, teacher),
         total_variation: config.total_variation,
         norm: config.size,
         adam: ADAM,

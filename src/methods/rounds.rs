@@ -1,11 +1,10 @@
 //! How the meta-generator meets the zoo: rounds of visits to some of its models.
 
-use std::sync::Arc;
+use rayon::prelude::*;
 
 use super::five::{MetaGenerator, Visit};
 use super::parts::{OpenTeachers, Student};
 use super::recover::Watch;
-use crate::access::Teacher;
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::RngStream;
 
@@ -28,8 +27,6 @@ pub struct Visited {
     pub model: usize,
     /// The wanted class of each image.
     pub labels: Vec<usize>,
-    /// The model.
-    pub teacher: Arc<dyn Teacher>,
     /// What came of it.
     pub visit: Visit,
 }
@@ -47,6 +44,11 @@ pub struct Round {
 }
 
 impl Round {
+    /// Takes out of `models` those that failed.
+    pub fn leave_out_failed(&self, models: &mut Vec<usize>) {
+        models.retain(|own| self.failed.iter().all(|(gone, _)| gone != own));
+    }
+
     /// Means over its visits of cross-entropy and statistics at the last step.
     pub fn losses(&self) -> [f64; 2] {
         let n = self.visits.len().max(1) as f64;
@@ -86,7 +88,9 @@ impl MetaGenerator {
         visit: impl Fn(&Self, usize) -> Result<Visited> + Sync,
     ) -> Result<Round> {
         let this = &*self;
-        let results = this.visit_all(chosen, |&model| visit(this, model));
+        let one = |&model: &usize| visit(this, model);
+        let results: Vec<Result<Visited>> =
+            rayon::scope(|_| chosen.par_iter().with_max_len(1).map(one).collect());
         let mut round = Round::default();
         for (&model, result) in chosen.iter().zip(results) {
             match result {
@@ -120,7 +124,7 @@ impl MetaGenerator {
         let labels = config.labels(teacher.spec().classes, &mut rng);
         let student = student(model, &labels)?;
         let visit = self.visit(teacher.as_ref(), &labels, student.as_ref(), &mut rng, watch)?;
-        Ok(Visited { model, labels, teacher, visit })
+        Ok(Visited { model, labels, visit })
     }
 }
 

@@ -9,6 +9,7 @@ pub mod cuda;
 pub mod device;
 pub mod images;
 pub mod kernels;
+pub mod lists;
 pub mod losses;
 pub mod priors;
 pub mod rng;

@@ -5,16 +5,15 @@ use std::time::Instant;
 use super::Work;
 use crate::app::ingest::Ingest;
 use crate::app::settings;
-use crate::app::teachers::{Lenders, open};
 use crate::error::{Error, ErrorKind, Result};
 use crate::methods::parts::OpenTeachers;
-use crate::methods::{MetaGenerator, Watch, draw};
+use crate::methods::{MetaGenerator, Round, Watch, draw};
 use crate::report::Event;
 use crate::tensor::TensorStore;
 use crate::zoo::ModelSpec;
 
 /// Rounds between saves.
-const SAVE_EVERY: u64 = 10;
+pub(super) const SAVE_EVERY: u64 = 10;
 
 impl Work<'_> {
     /// The meta-generator after all rounds, from where an earlier call left it.
@@ -35,9 +34,8 @@ impl Work<'_> {
         let rounds = self.config.five.rounds;
         let stage = self.context.progress.stage("meta-generator", Some(rounds));
         stage.advance(generator.rounds());
-        let teachers = self.teachers(found)?;
-        let lenders = Lenders::new(specs, &found.zoo, &self.config.recover.white_box);
-        let open = |index: usize| open(specs[index], &teachers).map(|t| lenders.lend(t));
+        let opening = self.opening(found, specs)?;
+        let open = |index: usize| opening.open(index);
         let teachers = OpenTeachers::new(&open);
         let watch = Watch { observe: &|_| {}, interrupt: &self.context.interrupt };
         let plan = settings::round_config(self.config);
@@ -66,21 +64,13 @@ impl Work<'_> {
                 }
                 round => round?,
             };
-            for (model, error) in &round.failed {
-                let text = format!("`{}` is visited no more: {error}", specs[*model].id);
-                self.context.progress.note(&text);
-            }
-            models.retain(|own| round.failed.iter().all(|(gone, _)| gone != own));
+            self.tell_round(specs, number, &round)?;
+            round.leave_out_failed(&mut models);
             if models.is_empty() {
                 return Err(Error::input("no model is left that the generator could learn from"));
             }
             stage.advance(1);
-            let [loss, statistics] = round.losses();
-            stage.message(&format!("loss {loss:.3}"));
-            let event = Event::new(self.time(), "five", number + 1)
-                .value("loss", loss)
-                .value("statistics", statistics);
-            self.log.write(&event)?;
+            stage.message(&format!("loss {:.3}", round.losses()[0]));
             if generator.rounds().is_multiple_of(SAVE_EVERY) {
                 save(&generator)?;
             }
@@ -91,5 +81,23 @@ impl Work<'_> {
         *record.seconds.entry("generator".into()).or_default() += begin.elapsed().as_secs_f64();
         self.run.save_record(&record)?;
         Ok(generator)
+    }
+
+    /// Logs a round and says whom it lost.
+    pub(super) fn tell_round(
+        &self,
+        specs: &[&ModelSpec],
+        number: u64,
+        round: &Round,
+    ) -> Result<()> {
+        for (model, error) in &round.failed {
+            let text = format!("`{}` is visited no more: {error}", specs[*model].id);
+            self.context.progress.note(&text);
+        }
+        let [loss, statistics] = round.losses();
+        let event = Event::new(self.time(), "five", number + 1)
+            .value("loss", loss)
+            .value("statistics", statistics);
+        self.log.write(&event)
     }
 }

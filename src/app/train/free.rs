@@ -4,21 +4,16 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::Work;
+use super::five::SAVE_EVERY;
 use super::meta::{Trained, Watching};
 use crate::app::ingest::Ingest;
 use crate::app::settings;
-use crate::app::teachers::{Lenders, open};
 use crate::error::{Error, ErrorKind, Result};
 use crate::meta::{StopReason, Trainer};
 use crate::methods::parts::{ImageBank, Memory, OpenTeachers};
-use crate::methods::{
-    Free, FreeEvent, MetaGenerator, Opener, RecoverStop, Recovered, Round, Watch,
-};
+use crate::methods::{Free, FreeEvent, MetaGenerator, Opener, RecoverStop, Recovered, Watch};
 use crate::report::Event;
 use crate::zoo::ModelSpec;
-
-/// Warm-up rounds between saves.
-const SAVE_EVERY: u64 = 10;
 
 impl Work<'_> {
     /// Recovers and meta-trains by turns, from the newest checkpoint or from the start: the newest images of each model,
@@ -31,9 +26,8 @@ impl Work<'_> {
         let all: Vec<&ModelSpec> = specs.iter().collect();
         let specs = all.as_slice();
         let start = Instant::now();
-        let teachers = self.teachers(found)?;
-        let lenders = Lenders::new(specs, &found.zoo, &self.config.recover.white_box);
-        let open = |index: usize| open(specs[index], &teachers).map(|t| lenders.lend(t));
+        let opening = self.opening(found, specs)?;
+        let open = |index: usize| opening.open(index);
         let own = &self.config.free;
         let memory = Memory::new(
             &self.run.memory(),
@@ -53,9 +47,7 @@ impl Work<'_> {
             free.restore(&store)?;
         }
         let save = |free: &Free<'_>, trainer: &Trainer| -> Result<()> {
-            let mut store = trainer.to_store()?;
-            free.write_to(&mut store)?;
-            self.run.save_checkpoint(trainer.step(), |path| store.save(path))?;
+            self.checkpoint_with(trainer, |store| free.write_to(store))?;
             free.memory().commit();
             Ok(())
         };
@@ -114,18 +106,6 @@ impl Work<'_> {
             .collect();
         let bank = self.gather(found, specs, results)?;
         Ok((bank, recover, trained, start.elapsed().as_secs_f64() - recover))
-    }
-
-    fn tell_round(&self, specs: &[&ModelSpec], number: u64, round: &Round) -> Result<()> {
-        for (model, error) in &round.failed {
-            let text = format!("`{}` is visited no more: {error}", specs[*model].id);
-            self.context.progress.note(&text);
-        }
-        let [loss, statistics] = round.losses();
-        let event = Event::new(self.time(), "five", number + 1)
-            .value("loss", loss)
-            .value("statistics", statistics);
-        self.log.write(&event)
     }
 
     /// The newest images of a model, judged by it.

@@ -12,7 +12,6 @@ use crate::app::config::MergeClasses;
 use crate::app::ingest::Ingest;
 use crate::app::progress::Stage;
 use crate::app::settings;
-use crate::app::teachers::{Lenders, open};
 use crate::error::{Error, Result};
 use crate::meta::{ClassSource, Iteration, Limits, StopReason, Trainer};
 use crate::methods::parts::{DynamicSet, ImageBank};
@@ -184,7 +183,18 @@ impl Work<'_> {
     }
 
     fn checkpoint(&self, trainer: &Trainer) -> Result<()> {
-        self.run.save_checkpoint(trainer.step(), |path| trainer.save(path)).map(|_| ())
+        self.checkpoint_with(trainer, |_| Ok(()))
+    }
+
+    /// A checkpoint of the trainer and of what `write` adds.
+    pub(super) fn checkpoint_with(
+        &self,
+        trainer: &Trainer,
+        write: impl FnOnce(&mut TensorStore) -> Result<()>,
+    ) -> Result<()> {
+        let mut store = trainer.to_store()?;
+        write(&mut store)?;
+        self.run.save_checkpoint(trainer.step(), |path| store.save(path)).map(|_| ())
     }
 
     /// Meta-trains on images that stay, from the newest checkpoint or from the start.
@@ -208,9 +218,8 @@ impl Work<'_> {
         let specs: Vec<&ModelSpec> = (bank.models().iter())
             .filter_map(|model| specs.iter().find(|spec| spec.id == model.id))
             .collect();
-        let teachers = self.teachers(found)?;
-        let lenders = Lenders::new(&specs, &found.zoo, &self.config.recover.white_box);
-        let open = |index: usize| open(specs[index], &teachers).map(|t| lenders.lend(t));
+        let opening = self.opening(found, &specs)?;
+        let open = |index: usize| opening.open(index);
         let moving: Vec<usize> =
             (0..specs.len()).filter(|&i| specs[i].access == Access::WhiteBox).collect();
         let memory = self.config.curriculum.memory_mib << 20;
@@ -221,9 +230,7 @@ impl Work<'_> {
             eci.restore(&store)?;
         }
         let save = |eci: &Eci<'_>, trainer: &Trainer| -> Result<()> {
-            let mut store = trainer.to_store()?;
-            eci.write_to(&mut store)?;
-            self.run.save_checkpoint(trainer.step(), |path| store.save(path))?;
+            self.checkpoint_with(trainer, |store| eci.write_to(store))?;
             eci.set().commit();
             Ok(())
         };

@@ -5,12 +5,13 @@ use std::time::Instant;
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-use super::{Iteration, StepSeconds, Trainer, accuracy, all_finite, read_images};
+use super::{Iteration, StepSeconds, Trainer, accuracy, read_images};
 use crate::error::Result;
 use crate::meta::augment::Draw;
 use crate::meta::distill::{Distillation, SoftLabels};
 use crate::meta::episodes::{ClassSource, Episode, EpisodeSampler};
 use crate::tensor::RngStream;
+use crate::tensor::lists::{add_all, all_finite};
 use crate::tensor::tape::{BatchStatistics, Order, Tape, Var, grad};
 
 /// What the queries of an episode are answered by.
@@ -42,9 +43,7 @@ pub fn mean_gradient(tasks: &[TaskGradient]) -> Result<Vec<Tensor>> {
     let Some((first, rest)) = tasks.split_first() else { return Ok(Vec::new()) };
     let mut sums = first.gradients.clone();
     for task in rest {
-        for (sum, gradient) in sums.iter_mut().zip(&task.gradients) {
-            *sum = (&*sum + gradient)?;
-        }
+        add_all(&mut sums, &task.gradients)?;
     }
     if !rest.is_empty() {
         let share = 1.0 / tasks.len() as f64;

@@ -156,11 +156,6 @@ impl Latents {
         Ok(Self { own, shared: Some([classes, one_hot]) })
     }
 
-    /// The vectors of the classes `[classes, latent]`, where there are any.
-    pub fn classes(&self) -> Option<&Tensor> {
-        self.shared.as_ref().map(|[classes, _]| classes)
-    }
-
     /// What is trained of them.
     fn parameters(&self) -> Vec<Tensor> {
         let classes = self.shared.iter().map(|[classes, _]| classes.clone());
@@ -233,11 +228,6 @@ impl Generator {
     /// Its weights, in the order of [`GeneratorNet::forward`].
     pub fn weights(&self) -> &[Tensor] {
         &self.weights
-    }
-
-    /// Its latents.
-    pub fn latents(&self) -> &Latents {
-        &self.latents
     }
 
     /// Images of latents with these parameters; no gradients.
