@@ -22,6 +22,7 @@ use metazoa::access::zero_order::{Estimator, ZeroOrder};
 use metazoa::access::{
     BlackOptions, BlackTeacher, Guide, Objective, Surrogate, Teacher, WhiteTeacher,
 };
+use metazoa::methods::generate::Best;
 use metazoa::methods::parts::{CrossEntropy, Generator};
 use metazoa::methods::{GenerateConfig, InvertConfig, RecoverConfig, Via, Watch, recover_one};
 use metazoa::tensor::{Images, RngStream};
@@ -283,6 +284,7 @@ fn agreements(
                 },
                 black_box: GenerateConfig {
                     statistics: 0.0,
+                    best: Best::Loss,
                     steps,
                     learning_rate: 1e-3,
                     latent: 256,

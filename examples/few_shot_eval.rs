@@ -10,6 +10,7 @@ use metazoa::app::ingest::{CatalogWriting, IngestOptions, ingest};
 use metazoa::app::{BatchNorm, Context, Embedder};
 use metazoa::data::EpisodeShape;
 use metazoa::tensor::Images;
+use metazoa::zoo::read::Reach;
 use metazoa::{Result, onnx, zoo::Access};
 
 /// The scores of all teachers side by side.
@@ -37,7 +38,12 @@ impl Embedder for Committee {
 
 fn main() -> Result<()> {
     let context = Context::silent(0);
-    let options = IngestOptions { zoo: "zoo".into(), catalog: CatalogWriting::Skip, probe: None };
+    let options = IngestOptions {
+        zoo: "zoo".into(),
+        catalog: CatalogWriting::Skip,
+        probe: None,
+        reach: Reach::AsFound,
+    };
     let mut committee = Committee(Vec::new());
     for spec in ingest(&context, &options)?.specs() {
         if spec.access == Access::WhiteBox && spec.id.starts_with("ss_") {

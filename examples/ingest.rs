@@ -6,10 +6,16 @@
 use metazoa::app::Context;
 use metazoa::app::ingest::{CatalogWriting, IngestOptions, ingest};
 use metazoa::zoo::catalog::Provenance;
+use metazoa::zoo::read::Reach;
 
 fn main() -> metazoa::Result<()> {
     let zoo = std::env::args().nth(1).unwrap_or_else(|| "zoo".into());
-    let options = IngestOptions { zoo: zoo.into(), catalog: CatalogWriting::Skip, probe: None };
+    let options = IngestOptions {
+        zoo: zoo.into(),
+        catalog: CatalogWriting::Skip,
+        probe: None,
+        reach: Reach::AsFound,
+    };
     let found = ingest(&Context::silent(0), &options)?;
     for model in &found.models {
         let spec = &model.spec;

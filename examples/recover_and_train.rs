@@ -13,10 +13,16 @@ use metazoa::app::{Context, RunConfig, settings};
 use metazoa::meta::{Backbone, Limits, Trainer};
 use metazoa::methods::parts::ImageBank;
 use metazoa::methods::{Via, Watch, recover_one};
+use metazoa::zoo::read::Reach;
 use metazoa::{Result, onnx};
 
 fn main() -> Result<()> {
-    let options = IngestOptions { zoo: "zoo".into(), catalog: CatalogWriting::Skip, probe: None };
+    let options = IngestOptions {
+        zoo: "zoo".into(),
+        catalog: CatalogWriting::Skip,
+        probe: None,
+        reach: Reach::AsFound,
+    };
     let found = ingest(&Context::silent(0), &options)?;
     let mut config = RunConfig::read("examples/quickstart.yaml".as_ref())?;
     config.recover.white_box.steps = 40;

@@ -141,6 +141,11 @@ impl BlackTeacher {
     /// and those of a quantised model by three (rounding hides shorter ones). Where only labels come back,
     /// differences of single images are blind and the hard-label estimate takes their place.
     pub fn zero_order(&self, images: &Images) -> ZeroOrder {
+        self.zero_order_for(images.stride())
+    }
+
+    /// The estimator for images of `stride` values.
+    fn zero_order_for(&self, stride: usize) -> ZeroOrder {
         let config = self.options.zero_order;
         let labels = self.spec.output_kind == OutputKind::Labels;
         let rounding = if self.spec.quantised { QUANTISED_STEP } else { 0.0 };
@@ -148,7 +153,7 @@ impl BlackTeacher {
             if labels || config.estimator == Estimator::HardLabel { LABEL_STEP } else { 0.0 };
         let step = rounding.max(least).max(f64::from(self.adapter.quantum()));
         ZeroOrder {
-            radius: config.radius.max(step * (images.stride() as f64).sqrt()),
+            radius: config.radius.max(step * (stride as f64).sqrt()),
             estimator: if labels { Estimator::HardLabel } else { config.estimator },
             ..config
         }
@@ -296,8 +301,7 @@ impl Teacher for BlackTeacher {
     ) -> Result<ImageGradient> {
         let n = images.len();
         let config = self.zero_order(images);
-        let directions: u64 = config.requests(images.shape()).map(|size| self.cost(size)).sum();
-        let paid = self.budget.reserve(self.cost(n) + directions)?;
+        let paid = self.budget.reserve(self.gradient_cost(images.shape()))?;
         let logits = self.ask(images, &paid)?;
         let values = self.losses(&logits, objective, &(0..n).collect::<Vec<_>>());
         let loss = |moved: &Images, owners: &[usize]| {
@@ -314,6 +318,20 @@ impl Teacher for BlackTeacher {
 
     fn queries(&self) -> u64 {
         self.budget.spent()
+    }
+
+    fn queries_left(&self) -> Option<u64> {
+        self.budget.remaining()
+    }
+
+    fn logits_cost(&self, n: usize) -> u64 {
+        self.cost(n)
+    }
+
+    fn gradient_cost(&self, shape: [usize; 4]) -> u64 {
+        let config = self.zero_order_for(shape[1..].iter().product());
+        let directions: u64 = config.requests(shape).map(|size| self.cost(size)).sum();
+        self.cost(shape[0]) + directions
     }
 }
 

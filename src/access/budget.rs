@@ -9,7 +9,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Result};
 
@@ -21,6 +21,8 @@ const DIGITS: usize = 20;
 pub struct QueryBudget {
     limit: Option<u64>,
     state: Mutex<State>,
+    /// What several counters may spend together.
+    pool: Option<Arc<QueryBudget>>,
 }
 
 #[derive(Debug, Default)]
@@ -45,7 +47,7 @@ impl QueryBudget {
 
     /// A counter that has already spent `spent` queries.
     pub fn resumed(limit: Option<u64>, spent: u64) -> Self {
-        Self { limit, state: Mutex::new(State { spent, ..State::default() }) }
+        Self { limit, state: Mutex::new(State { spent, ..State::default() }), pool: None }
     }
 
     /// A counter kept in the file at `path`, which goes on from the count it finds there. The count outlives
@@ -63,7 +65,14 @@ impl QueryBudget {
         let file = options.create(true).truncate(false).write(true).open(path).map_err(failed)?;
         let mut count = CountFile { path: path.to_path_buf(), file };
         count.write(spent)?;
-        Ok(Self { limit, state: Mutex::new(State { spent, reserved: 0, file: Some(count) }) })
+        let state = Mutex::new(State { spent, reserved: 0, file: Some(count) });
+        Ok(Self { limit, state, pool: None })
+    }
+
+    /// The same counter, which from now on takes each query from `pool` too, or not at all.
+    #[must_use]
+    pub fn within(self, pool: Arc<Self>) -> Self {
+        Self { pool: Some(pool), ..self }
     }
 
     /// Sets `queries` aside for a request that is about to be sent in parts.
@@ -73,8 +82,12 @@ impl QueryBudget {
     pub fn reserve(&self, queries: u64) -> Result<Reservation<'_>> {
         let mut state = self.lock();
         self.check(&state, queries)?;
+        let pooled = match &self.pool {
+            Some(pool) => Some(Box::new(pool.reserve(queries)?)),
+            None => None,
+        };
         state.reserved += queries;
-        Ok(Reservation { budget: self, left: Mutex::new(queries) })
+        Ok(Reservation { budget: self, left: Mutex::new(queries), pooled })
     }
 
     /// Takes `queries` at once.
@@ -90,7 +103,7 @@ impl QueryBudget {
         self.lock().spent
     }
 
-    /// Queries neither spent nor set aside; `None` without a limit.
+    /// Queries neither spent nor set aside, the pool aside; `None` without a limit.
     pub fn remaining(&self) -> Option<u64> {
         let state = self.lock();
         self.limit.map(|limit| limit.saturating_sub(state.spent).saturating_sub(state.reserved))
@@ -119,6 +132,8 @@ impl QueryBudget {
 pub struct Reservation<'a> {
     budget: &'a QueryBudget,
     left: Mutex<u64>,
+    /// The same in the pool.
+    pooled: Option<Box<Reservation<'a>>>,
 }
 
 impl Reservation<'_> {
@@ -133,6 +148,9 @@ impl Reservation<'_> {
         let mut state = self.budget.lock();
         let own = queries.min(*left);
         self.budget.check(&state, queries - own)?;
+        if let Some(pooled) = &self.pooled {
+            pooled.take(queries)?;
+        }
         let spent = state.spent + queries;
         if let Some(file) = &mut state.file {
             file.write(spent)?;
@@ -150,6 +168,9 @@ impl Reservation<'_> {
     pub fn give_back(&self, queries: u64) -> Result<()> {
         let mut left = self.left();
         let mut state = self.budget.lock();
+        if let Some(pooled) = &self.pooled {
+            pooled.give_back(queries)?;
+        }
         let spent = state.spent.saturating_sub(queries);
         if let Some(file) = &mut state.file {
             file.write(spent)?;

@@ -93,3 +93,26 @@ fn a_count_on_disk_is_there_before_the_query_and_goes_on_in_the_next_process() {
     let error = QueryBudget::kept(None, &path).unwrap_err();
     assert!(error.to_string().contains("not a query count `many`"), "{error}");
 }
+
+/// A pool is spent by all its counters together, and what was set aside goes back to both.
+#[test]
+fn a_pool_holds_for_all_its_counters() {
+    let pool = Arc::new(QueryBudget::resumed(Some(100), 30));
+    let counter = |limit| QueryBudget::new(limit).within(Arc::clone(&pool));
+    let (a, b) = (counter(None), counter(Some(25)));
+    let held = a.reserve(50).unwrap();
+    held.take(20).unwrap();
+    // 30 and 50 are gone or set aside: b could take 25, the pool covers 20.
+    assert_eq!(b.spend(21).unwrap_err().kind(), ErrorKind::Budget);
+    b.spend(20).unwrap();
+    held.give_back(5).unwrap();
+    // Sent again: beyond what was set aside nothing is left.
+    held.take(35).unwrap();
+    assert_eq!(held.take(1).unwrap_err().kind(), ErrorKind::Budget);
+    drop(held);
+    assert_eq!((a.spent(), b.spent(), pool.spent(), pool.remaining()), (50, 20, 100, Some(0)));
+    let small = Arc::new(QueryBudget::new(Some(10)));
+    let own = QueryBudget::new(None).within(Arc::clone(&small));
+    drop(own.reserve(10).unwrap());
+    assert_eq!((own.spent(), small.remaining()), (0, Some(10)));
+}

@@ -157,4 +157,21 @@ pub trait Teacher: Send + Sync {
 
     /// Queries spent so far (images sent); 0 for white-box teachers.
     fn queries(&self) -> u64;
+
+    /// Queries that may still be spent; `None` without a limit.
+    fn queries_left(&self) -> Option<u64> {
+        None
+    }
+
+    /// Queries that [`Teacher::logits`] of `n` images spends where nothing is sent twice; 0 for white-box teachers.
+    fn logits_cost(&self, n: usize) -> u64 {
+        let _ = n;
+        0
+    }
+
+    /// Queries that [`Teacher::image_gradient`] to images of `shape` spends, likewise.
+    fn gradient_cost(&self, shape: [usize; 4]) -> u64 {
+        let _ = shape;
+        0
+    }
 }

@@ -22,7 +22,7 @@ use crate::meta::{
 use crate::methods::parts::{ImageBank, ModelImages};
 use crate::tensor::{Images, RngStream, TensorStore};
 use crate::zoo::candidates::{Candidate, pair};
-use crate::zoo::read::read_candidate;
+use crate::zoo::read::{Reach, read_candidate};
 use crate::zoo::walk::walk;
 use crate::zoo::{Access, ModelSpec};
 
@@ -151,7 +151,7 @@ impl Zoo {
         let open = || {
             let candidate = self.candidates.get(&used.id);
             let candidate = candidate.ok_or_else(|| Error::input("the file is gone"))?;
-            let read = read_candidate(candidate, &self.root);
+            let read = read_candidate(candidate, &self.root, Reach::AsFound);
             let spec: ModelSpec = read.map_err(|rejection| Error::input(rejection.reason))?.spec;
             if spec.sha != used.sha {
                 return Err(Error::input("the file has changed since the run"));

@@ -13,6 +13,7 @@ use crate::access::probe::Prober;
 use crate::error::{Error, Result};
 use crate::zoo::candidates::Paired;
 use crate::zoo::catalog::{Catalog, CatalogModel};
+use crate::zoo::read::Reach;
 use crate::zoo::{ModelSpec, Rejection, candidates, read, walk};
 
 /// What to ingest.
@@ -22,6 +23,8 @@ pub struct IngestOptions {
     pub zoo: PathBuf,
     /// Whether `catalog.json` is written.
     pub catalog: CatalogWriting,
+    /// How models may be reached.
+    pub reach: Reach,
     /// How black-box models are tried out; `None` leaves them untried, with a note.
     pub probe: Option<ProbeOptions>,
 }
@@ -99,7 +102,7 @@ pub fn ingest(context: &Context, options: &IngestOptions) -> Result<Ingest> {
             if context.is_interrupted() {
                 return None;
             }
-            let outcome = read::read_candidate(&candidate, &zoo).and_then(|model| {
+            let outcome = read::read_candidate(&candidate, &zoo, options.reach).and_then(|model| {
                 ingest_probe::try_out(model, prober.as_ref())
                     .map_err(|error| read::rejection(&candidate.file.relative, &error))
             });

@@ -3,10 +3,11 @@
 //! A count is written before the queries leave (`access::budget`), so a run that is killed and resumed goes on
 //! from what was really spent. The run's own budget is shared among the models before the first is asked and
 //! the shares are kept in `run.json`: what one model may ask depends neither on the others' speed nor on when
-//! the run was interrupted.
+//! the run was interrupted. A method that chooses whom to ask by cost (BiDf-MKD) has it whole, as a pool.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -22,7 +23,7 @@ pub struct ModelOutcome {
     pub id: String,
     /// How it was reached.
     pub access: Access,
-    /// `done`, `budget-spent` or `failed`.
+    /// `done`, `budget-spent`, `not-visited` or `failed`.
     pub stop_reason: String,
     /// Images it gave.
     pub images: usize,
@@ -41,12 +42,32 @@ pub struct Queries {
     folder: PathBuf,
     /// Limits by model id.
     limits: BTreeMap<String, u64>,
+    /// What all models may be asked together, where it is not divided among them.
+    pool: Option<Arc<QueryBudget>>,
 }
 
 impl Queries {
     /// Counts in `folder`, with the limits of [`limits`].
     pub fn new(folder: PathBuf, limits: BTreeMap<String, u64>) -> Self {
-        Self { folder, limits }
+        Self { folder, limits, pool: None }
+    }
+
+    /// The same, where all `specs` together may be asked `total` queries, those already spent included.
+    ///
+    /// # Errors
+    /// When a count cannot be read.
+    pub fn pooled(mut self, total: Option<u64>, specs: &[&ModelSpec]) -> Result<Self> {
+        let spent = self.spent_by(specs)?;
+        self.pool = total.map(|total| Arc::new(QueryBudget::resumed(Some(total), spent)));
+        Ok(self)
+    }
+
+    /// Queries spent on all of `specs` so far.
+    ///
+    /// # Errors
+    /// When a count cannot be read.
+    pub fn spent_by(&self, specs: &[&ModelSpec]) -> Result<u64> {
+        specs.iter().map(|spec| self.spent(spec)).sum()
     }
 
     /// Queries that may be spent on the model in this run; `None` is no limit.
@@ -59,7 +80,11 @@ impl Queries {
     /// # Errors
     /// When the count cannot be read or written.
     pub fn budget(&self, spec: &ModelSpec) -> Result<QueryBudget> {
-        QueryBudget::kept(self.limit(spec), &self.file(spec))
+        let own = QueryBudget::kept(self.limit(spec), &self.file(spec))?;
+        Ok(match &self.pool {
+            Some(pool) => own.within(Arc::clone(pool)),
+            None => own,
+        })
     }
 
     /// Queries spent on the model so far.

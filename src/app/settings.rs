@@ -1,8 +1,9 @@
 //! From the settings a user writes to the configurations the layers below take.
 
 use super::config::{
-    AlignName, BackboneName, DistillationConfig, Edge, EstimatorName, InnerOptimizerName,
-    InnerOrder, KdLossName, KeepName, LearnerName, MetaGradientName, MetaOptimizerName, RunConfig,
+    AlignName, BackboneName, BestName, BidfGeneratorName, ChoiceName, DistanceName,
+    DistillationConfig, Edge, EstimatorName, InnerOptimizerName, InnerOrder, KdLossName, KeepName,
+    LearnerName, LevelsName, MetaGradientName, MetaOptimizerName, MixSpaceName, RunConfig,
     Schedule, SurrogateName,
 };
 use super::run_folder::RunFolder;
@@ -11,12 +12,15 @@ use crate::access::{BlackOptions, Surrogate};
 use crate::error::{Result, ResultExt};
 use crate::meta::{
     self, Architecture, Augmentation, Backbone, ColourMap, Distillation, InnerLoop, KdLoss,
-    Learner, MetaModel, ShiftEdge, TrainConfig,
+    Learner, MetaModel, MixSpace, ShiftEdge, TrainConfig,
 };
+use crate::methods::generate::Best;
 use crate::methods::invert::UNIT;
+use crate::methods::parts::Distance;
 use crate::methods::{
-    Align, EciConfig, FiveConfig, FreeConfig, GenerateConfig, Inner, InvertConfig, Keep,
-    MetaGradient, RecoverConfig, RoundConfig, Via,
+    Align, BidfConfig, BoundaryConfig, Choice, EciConfig, FiveConfig, FreeConfig, GenerateConfig,
+    Inner, InvertConfig, Keep, Levels, MetaGenerator, MetaGradient, RecoverConfig, Recovery,
+    ReplayConfig, RoundConfig, Via,
 };
 use crate::zoo::ModelSpec;
 
@@ -48,6 +52,10 @@ pub fn recover_config(config: &RunConfig) -> RecoverConfig {
             latent: black.latent,
             features: black.features,
             statistics: white.statistics_weight,
+            best: match black.best {
+                BestName::Loss => Best::Loss,
+                BestName::Surrogate => Best::Surrogate,
+            },
             tangents: match black.estimator {
                 EstimatorName::Guided => black.directions,
                 _ => 0,
@@ -100,6 +108,7 @@ pub fn free_config(config: &RunConfig) -> FreeConfig {
         round: round_config(config),
         warm_up: own.warm_up,
         patience: own.patience,
+        only_agreed: own.only_agreed,
         align: match own.align.by {
             AlignName::Sequential => Align::Sequential(Inner {
                 rate: own.align.learning_rate,
@@ -116,6 +125,57 @@ pub fn free_config(config: &RunConfig) -> FreeConfig {
             KeepName::Last => Keep::Last,
         },
     }
+}
+
+/// How BiDf-MKD trains.
+pub fn bidf_config(config: &RunConfig) -> BidfConfig {
+    let own = &config.bidf;
+    BidfConfig {
+        seed: config.seed,
+        image_size: config.image_size,
+        round: round_config(config),
+        choice: match own.choice {
+            ChoiceName::Knowledge => Choice::Knowledge,
+            ChoiceName::Uniform => Choice::Uniform,
+        },
+        levels: match own.levels {
+            LevelsName::Both => Levels::Both,
+            LevelsName::Outer => Levels::Outer,
+            LevelsName::Off => Levels::Off,
+        },
+        distillation: distillation(&own.distillation),
+        boundary: BoundaryConfig {
+            weight: config.five.boundary_weight,
+            distance: match own.boundary_distance {
+                DistanceName::Kl => Distance::Kl,
+                DistanceName::LogitL1 => Distance::LogitL1,
+            },
+            after: own.boundary_after,
+        },
+        replay: own.replay.as_ref().map(|replay| ReplayConfig {
+            patience: replay.patience,
+            only_agreed: replay.only_agreed,
+            soft: replay.distillation.as_ref().map(distillation),
+            mix: replay.mix.as_ref().map(|mix| match mix.space {
+                MixSpaceName::Pixels => (MixSpace::Pixels, mix.alpha),
+                MixSpaceName::Features => (MixSpace::Features, mix.alpha),
+            }),
+        }),
+        budget: config.recover.black_box.run_budget,
+    }
+}
+
+/// What BiDf-MKD's images are made by.
+///
+/// # Errors
+/// When the image size is no multiple of 4.
+pub fn bidf_recovery(config: &RunConfig) -> Result<Recovery> {
+    Ok(match config.bidf.generator {
+        BidfGeneratorName::Shared => {
+            Recovery::Shared(Box::new(MetaGenerator::new(five_config(config))?))
+        }
+        BidfGeneratorName::Fresh => Recovery::Fresh(recover_config(config).black_box),
+    })
 }
 
 fn distillation(own: &DistillationConfig) -> Distillation {

@@ -11,7 +11,7 @@ use std::time::Instant;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::config::{BackboneName, MetaStart, Method, RecoverBy, RunConfig};
+use super::config::{AccessName, BackboneName, MetaStart, Method, RecoverBy, RunConfig};
 use super::ingest::{CatalogWriting, Ingest, IngestOptions, ProbeOptions, Strictness, ingest};
 use super::mean::mean_of_teachers;
 use super::queries::{ModelOutcome, Queries};
@@ -24,8 +24,10 @@ use crate::methods::parts::ImageBank;
 use crate::methods::{RecoverItem, RecoverStop, Recovered, Via, recover};
 use crate::report::{Event, EventLog, contact_sheet};
 use crate::tensor::Images;
+use crate::zoo::read::Reach;
 use crate::zoo::{ModelSpec, Rejection};
 
+mod bidf;
 mod five;
 mod free;
 mod meta;
@@ -132,6 +134,10 @@ pub fn train(context: &Context, options: &TrainOptions) -> Result<TrainResult> {
         &IngestOptions {
             zoo: config.zoo.clone(),
             catalog: CatalogWriting::Skip,
+            reach: match config.access {
+                AccessName::Auto => Reach::AsFound,
+                AccessName::BlackBox => Reach::Asked,
+            },
             probe: options.probe.clone(),
         },
     )?;
@@ -168,6 +174,7 @@ pub fn train(context: &Context, options: &TrainOptions) -> Result<TrainResult> {
             work.recover_first(&found, &specs, |bank| work.meta_train_moving(&found, &specs, bank))
         }
         Method::Free => work.free(&found, &specs),
+        Method::BidfMkd => work.bidf(&found, &specs),
     };
     let mut record = run.record()?;
     let (bank, recover, trained, meta) = match result {
@@ -232,7 +239,8 @@ fn new_record(
         query_limits: queries::limits(
             specs,
             config.recover.black_box.query_budget,
-            config.recover.black_box.run_budget,
+            // One that chooses whom to ask has the run's budget whole.
+            config.recover.black_box.run_budget.filter(|_| config.method != Method::BidfMkd),
         ),
         stop_reason: None,
         seconds: BTreeMap::new(),
@@ -372,7 +380,12 @@ impl Work<'_> {
     /// How the models of `specs` are opened, by their number there, statistics on loan included.
     fn opening<'s>(&self, found: &'s Ingest, specs: &'s [&'s ModelSpec]) -> Result<Opening<'s>> {
         let lenders = Lenders::new(specs, &found.zoo, &self.config.recover.white_box);
-        Ok(Opening { specs, teachers: self.teachers(found)?, lenders })
+        let mut teachers = self.teachers(found)?;
+        if self.config.method == Method::BidfMkd {
+            let total = self.config.recover.black_box.run_budget;
+            teachers.queries = Some(self.queries()?.pooled(total, specs)?);
+        }
+        Ok(Opening { specs, teachers, lenders })
     }
 
     fn queries(&self) -> Result<Queries> {

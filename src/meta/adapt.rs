@@ -82,7 +82,7 @@ impl MetaModel {
         let leaves = self.leaves(&tape);
         let head = spread(&leaves[self.backbone().parameters().len()..], support.way)?;
         let how = (inner.learning_rate, inner.test_steps, Order::First);
-        let head = adapt_head(&features, support.labels, head, how)?;
+        let head = adapt_head(&features, support.labels.into(), head, how)?;
         let head: Vec<Tensor> = head.iter().map(|var| var.value().clone()).collect();
         values_of(&head)
     }

@@ -1,10 +1,11 @@
-//! Distillation into the outer loss: queries answered as teachers answer them (BiDf-MKD eq. 5; FREE sec. 3.3,
-//! "cross-task distillation").
+//! Distillation: images answered as teachers answer them, in the outer loss (BiDf-MKD eq. 5; FREE sec. 3.3, "cross-task
+//! distillation") and in the inner loop (BiDf-MKD eq. 4).
 
 use candle_core::{Device, Tensor};
 
 use super::episodes::Episode;
 use crate::error::{Error, Result};
+use crate::tensor::losses::softmax;
 use crate::tensor::tape::{KeepDims, Var};
 
 /// What is minimised between soft labels and the learner's answers.
@@ -28,17 +29,50 @@ pub struct Distillation {
     pub weight: f64,
 }
 
-/// Gives the queries of an episode soft labels.
+/// What teachers answer on the support of an episode, and how it counts beside the wanted classes.
+#[derive(Debug, Clone, Copy)]
+pub struct SoftSupport<'a> {
+    /// Logits `[support, way]`, row-major.
+    pub logits: &'a [f32],
+    /// How they count.
+    pub how: Distillation,
+}
+
+/// Gives the queries of an episode soft labels, and its support where it can.
 pub trait SoftLabels: Sync {
     /// Logits `[queries, way]`, row-major, in the order of the episode's queries; `None` leaves the wanted class alone.
     ///
     /// # Errors
     /// When a teacher cannot be asked.
     fn logits(&self, episode: &Episode) -> Result<Option<Vec<f32>>>;
+
+    /// Logits `[support, way]` likewise, for the inner level (BiDf-MKD eq. 4); `None` leaves it the wanted classes.
+    ///
+    /// # Errors
+    /// As [`SoftLabels::logits`].
+    fn support(&self, episode: &Episode) -> Result<Option<Vec<f32>>> {
+        let _ = episode;
+        Ok(None)
+    }
 }
 
 impl Distillation {
-    /// The outer loss of learner's `logits` `[queries, way]` with wanted `labels` and soft ones (logits), a scalar.
+    /// Shares `[n, way]` of each image in each class: softmax of the `soft` logits at the temperature, and the wanted
+    /// class for the rest.
+    pub(super) fn shares(&self, labels: &[usize], soft: &[f32]) -> Vec<f64> {
+        let way = soft.len() / labels.len().max(1);
+        let mut shares = Vec::with_capacity(soft.len());
+        for (row, &label) in soft.chunks_exact(way.max(1)).zip(labels) {
+            let scaled: Vec<f32> =
+                row.iter().map(|v| (f64::from(*v) / self.temperature) as f32).collect();
+            let wanted = |class: usize| if class == label { 1.0 - self.weight } else { 0.0 };
+            let soft = softmax(&scaled).into_iter().enumerate();
+            shares.extend(soft.map(|(class, p)| self.weight * f64::from(p) + wanted(class)));
+        }
+        shares
+    }
+
+    /// The loss of learner's `logits` `[queries, way]` with wanted `labels` and soft ones (logits), a scalar.
     ///
     /// # Errors
     /// When shapes do not fit.

@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use super::task::Task;
 use crate::error::{Error, Result};
 use crate::tensor::RngStream;
+use crate::tensor::tape::Var;
 
 /// Labelled images to draw episodes from, for instance those recovered from the models of a zoo.
 /// The classes of different models are different classes, even where they mean the same thing: nobody
@@ -43,6 +45,28 @@ pub struct Episode {
     pub support_labels: Vec<usize>,
     /// Labels of the query images, in `0..way`.
     pub query_labels: Vec<usize>,
+}
+
+impl Episode {
+    /// Number of classes.
+    pub fn way(&self) -> usize {
+        self.query_labels.iter().max().map_or(0, |&label| label + 1)
+    }
+
+    /// The task that it is with these `images` `[n, 3, H, W]`.
+    pub(super) fn task<'a>(&'a self, images: &'a Var) -> Task<'a> {
+        Task::new(images, &self.support_labels, self.way())
+    }
+
+    /// The class of the source that each label stands for.
+    pub fn slots(&self) -> Vec<usize> {
+        let mut slots = vec![0; self.way()];
+        let queries = &self.images[self.support_labels.len()..];
+        for (&(class, _), &label) in queries.iter().zip(&self.query_labels) {
+            slots[label] = class;
+        }
+        slots
+    }
 }
 
 /// A class as episodes see it: the source's classes that mean it, each with its number of images.

@@ -38,7 +38,7 @@ impl Trainer {
         let draws: Vec<Draw> = episode.images.iter().map(|_| c.augmentation.draw(rng)).collect();
         let images = tape.leaf(read_images(source, &episode, &draws)?);
         let parameters = self.model().leaves(&tape);
-        let (loss, _) = self.play(&parameters, &images, &episode)?;
+        let (loss, _) = self.play(&parameters, episode.task(&images), &episode)?;
         let gradient = grad(&loss, &[&images], Order::First)?.remove(0);
         let augmented = gradient.value().flatten_all()?.to_vec1::<f32>()?;
         let mut gradient = vec![0.0; augmented.len()];
@@ -59,6 +59,6 @@ impl Trainer {
         let tape = Tape::new();
         let images = tape.constant(read_images(source, &before.episode, &before.draws)?);
         let parameters = self.model().leaves(&tape);
-        self.play(&parameters, &images, &before.episode)?.0.scalar()
+        self.play(&parameters, before.episode.task(&images), &before.episode)?.0.scalar()
     }
 }

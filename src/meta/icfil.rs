@@ -165,7 +165,7 @@ impl MetaModel {
         let features = tape.constant(Tensor::from_vec(features, shape, &Device::Cpu)?);
         let head = classifier.head()?.map(|value| tape.leaf(value)).to_vec();
         let how = (config.head_rate, config.head_steps, Order::First);
-        let head = adapt_head(&features, &all, head, how)?;
+        let head = adapt_head(&features, all.as_slice().into(), head, how)?;
         classifier.set_head(&head)?;
         Ok(classifier)
     }

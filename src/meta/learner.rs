@@ -8,13 +8,17 @@
 //! 2022): nothing depends on the order of the classes, and a model trained with any number of ways is
 //! tested with any other.
 
+use std::ops::Range;
+
 use candle_core::{Device, Tensor};
 
-use super::backbone::{Backbone, BnMode, Parameter};
+use super::backbone::{Backbone, BnMode, Embedded, Parameter};
 use super::export::Head;
 use super::protonet::{
     Classification, classify, first_largest, logit_factor, prototype_logits, prototypes,
+    weighted_prototypes,
 };
+use super::task::{Task, Wanted};
 use crate::error::{Error, Result, ResultExt};
 use crate::graph::ConstantTensor;
 use crate::tensor::tape::{BatchStatistics, Order, Tape, Var, grad};
@@ -68,28 +72,6 @@ impl Learner {
             Self::ProtoNet => None,
             Self::Anil(inner) | Self::Maml(inner) => Some(*inner),
         }
-    }
-}
-
-/// What a task looks like to the learner.
-#[derive(Debug, Clone, Copy)]
-pub struct Task<'a> {
-    /// Support images, then query images: `[n, 3, H, W]`.
-    pub images: &'a Var,
-    /// Labels of the support images, in `0..way`.
-    pub labels: &'a [usize],
-    /// Number of classes.
-    pub way: usize,
-}
-
-impl Task<'_> {
-    fn support(&self) -> Result<Var> {
-        self.images.narrow(0, 0, self.labels.len())
-    }
-
-    fn query(&self) -> Result<Var> {
-        let n_support = self.labels.len();
-        self.images.narrow(0, n_support, self.images.dims()[0] - n_support)
     }
 }
 
@@ -237,32 +219,52 @@ impl MetaModel {
         match self.learner {
             Learner::ProtoNet => self.nearest_mean(body, task, mode),
             Learner::Anil(inner) => {
-                let seen = self.backbone.forward(body, &task.support()?, mode)?;
+                let seen = self.embed_of(body, task, task.support(), mode)?;
                 let head = spread(head, task.way)?;
                 let head = adapt_head(
                     &seen.embedding,
-                    task.labels,
+                    task.wanted(),
                     head,
                     (inner.learning_rate, steps, order),
                 )?;
-                let seen = self.backbone.forward(body, &task.query()?, mode)?;
+                let seen = self.embed_of(body, task, task.query(), mode)?;
                 Ok(Answer { logits: linear(&seen.embedding, &head)?, statistics: seen.statistics })
             }
             Learner::Maml(inner) => {
                 let mut fast = body.to_vec();
                 fast.extend(spread(head, task.way)?);
-                let support = task.support()?;
                 for _ in 0..steps {
                     let (body, head) = fast.split_at(body.len());
-                    let seen = self.backbone.forward(body, &support, mode)?;
-                    let loss = linear(&seen.embedding, head)?.cross_entropy(task.labels)?;
+                    let seen = self.embed_of(body, task, task.support(), mode)?;
+                    let loss = task.wanted().loss(&linear(&seen.embedding, head)?)?;
                     fast = descend(&loss, &fast, inner.learning_rate, order)?;
                 }
                 let (body, head) = fast.split_at(body.len());
-                let seen = self.backbone.forward(body, &task.query()?, mode)?;
+                let seen = self.embed_of(body, task, task.query(), mode)?;
                 Ok(Answer { logits: linear(&seen.embedding, head)?, statistics: seen.statistics })
             }
         }
+    }
+
+    /// Embeddings of the images `part` of a task, its partner's mixed in.
+    fn embed_of(
+        &self,
+        body: &[Var],
+        task: Task<'_>,
+        part: Range<usize>,
+        mode: BnMode,
+    ) -> Result<Embedded> {
+        let cut = |images: &Var| match part.len() == images.dims()[0] {
+            true => Ok(images.clone()),
+            false => images.narrow(0, part.start, part.len()),
+        };
+        let images = cut(task.images)?;
+        let Some(partner) = task.partner else { return self.backbone.forward(body, &images, mode) };
+        let others = cut(partner.images)?;
+        let seen = self.backbone.forward(body, &Var::concat(&[&images, &others], 0)?, mode)?;
+        let own = seen.embedding.narrow(0, 0, part.len())?.scale(partner.share)?;
+        let rest = seen.embedding.narrow(0, part.len(), part.len())?.scale(1.0 - partner.share)?;
+        Ok(Embedded { embedding: own.add(&rest)?, statistics: seen.statistics })
     }
 
     /// Logits of the task's queries as after training, with the test steps of the rule and weights that stay, but on
@@ -279,12 +281,19 @@ impl MetaModel {
     }
 
     fn nearest_mean(&self, body: &[Var], task: Task<'_>, mode: BnMode) -> Result<Answer> {
-        let seen = self.backbone.forward(body, task.images, mode)?;
+        let seen = self.embed_of(body, task, 0..task.images.dims()[0], mode)?;
         let n_support = task.labels.len();
         let support = seen.embedding.narrow(0, 0, n_support)?;
         let n_query = task.images.dims()[0] - n_support;
         let query = seen.embedding.narrow(0, n_support, n_query)?;
-        let means = prototypes(&support, task.labels, task.way)?;
+        // Soft labels make soft means: what the inner level of a learner without steps can learn of them.
+        let means = match task.soft {
+            Some(soft) => {
+                let shares = soft.how.shares(task.labels, soft.logits);
+                weighted_prototypes(&support, &shares, task.way)?
+            }
+            None => prototypes(&support, task.labels, task.way)?,
+        };
         let factor = logit_factor(seen.embedding.dims()[1]);
         let logits = prototype_logits(&query, &means)?.scale(factor)?;
         Ok(Answer { logits, statistics: seen.statistics })
@@ -315,7 +324,7 @@ impl MetaModel {
         let tape = Tape::new();
         let shape = both.shape();
         let images = tape.constant(Tensor::from_vec(both.into_data(), &shape, &Device::Cpu)?);
-        let task = Task { images: &images, labels, way };
+        let task = Task::new(&images, labels, way);
         let answer =
             self.answer(&self.leaves(&tape), task, inner.test_steps, Order::First, mode)?;
         let logits = answer.logits.value().flatten_all()?.to_vec1::<f32>()?;
@@ -405,12 +414,12 @@ impl MetaModel {
 /// A linear head after gradient steps on labelled `features` `[n, d]`.
 pub(super) fn adapt_head(
     features: &Var,
-    labels: &[usize],
+    wanted: Wanted<'_>,
     mut head: Vec<Var>,
     (rate, steps, order): (f64, usize, Order),
 ) -> Result<Vec<Var>> {
     for _ in 0..steps {
-        let loss = linear(features, &head)?.cross_entropy(labels)?;
+        let loss = wanted.loss(&linear(features, &head)?)?;
         head = descend(&loss, &head, rate, order)?;
     }
     Ok(head)

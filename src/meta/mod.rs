@@ -19,20 +19,22 @@ pub mod learner;
 mod mean;
 mod onnx_file;
 pub mod protonet;
+pub mod task;
 pub mod train;
 
 pub use adapt::{Classifier, SupportImages};
 pub use architectures::Architecture;
 pub use augment::{Augmentation, ColourMap, ShiftEdge};
 pub use backbone::{Backbone, BnMode};
-pub use distill::{Distillation, KdLoss, SoftLabels};
+pub use distill::{Distillation, KdLoss, SoftLabels, SoftSupport};
 pub use early_stop::{EarlyStop, Samplers};
 pub use episodes::{ClassSource, Episode, EpisodeSampler};
 pub use feedback::PixelGradient;
 pub use icfil::{CalibrationLoss, Contrast, IcfilConfig};
-pub use learner::{InnerLoop, InnerOrder, Learner, MetaModel, Task};
+pub use learner::{InnerLoop, InnerOrder, Learner, MetaModel};
 pub use protonet::{Classification, classify};
+pub use task::{Partner, Task};
 pub use train::{
-    Iteration, Lesson, Limits, Schedule, Sources, StepSeconds, StopReason, TaskGradient,
-    TrainConfig, Trainer, mean_gradient,
+    Iteration, Lesson, Limits, Mix, MixSpace, Schedule, Sources, StepSeconds, StopReason,
+    TaskGradient, TrainConfig, Trainer, mean_gradient,
 };

@@ -20,13 +20,36 @@ pub fn logit_factor(embedding_dim: usize) -> f64 {
 /// When a class has no row or a label is out of range.
 pub fn prototypes(support: &Var, labels: &[usize], way: usize) -> Result<Var> {
     let rows = support.dims().first().copied().unwrap_or(0);
-    let counts = class_counts(labels, way)?;
+    class_counts(labels, way)?;
     if labels.len() != rows {
         return Err(Error::internal(format!("{rows} support rows with labels `{}`", labels.len())));
     }
+    let mut shares = vec![0.0f64; rows * way];
+    for (row, &label) in shares.chunks_exact_mut(way).zip(labels) {
+        row[label] = 1.0;
+    }
+    weighted_prototypes(support, &shares, way)
+}
+
+/// Prototypes `[way, d]` where row `i` of `support` `[n, d]` belongs to each class by a share, `shares` `[n, way]`: the
+/// means weighted by them.
+///
+/// # Errors
+/// When nothing belongs to a class, or lengths do not fit.
+pub fn weighted_prototypes(support: &Var, shares: &[f64], way: usize) -> Result<Var> {
+    let rows = support.dims().first().copied().unwrap_or(0);
+    if shares.len() != rows * way {
+        return Err(Error::internal(format!("{rows} support rows with `{}` shares", shares.len())));
+    }
     let mut weights = vec![0.0f64; way * rows];
-    for (row, &label) in labels.iter().enumerate() {
-        weights[label * rows + row] = 1.0 / counts[label] as f64;
+    for class in 0..way {
+        let total: f64 = shares.iter().skip(class).step_by(way).sum();
+        if total <= 0.0 {
+            return Err(Error::internal(format!("no support image of class `{class}`")));
+        }
+        for row in 0..rows {
+            weights[class * rows + row] = shares[row * way + class] / total;
+        }
     }
     let weights = Tensor::from_vec(weights, (way, rows), &Device::Cpu)?
         .to_dtype(support.dtype())?

@@ -14,15 +14,16 @@ use super::augment::{Augmentation, Draw};
 use super::backbone::{Backbone, BnMode};
 use super::early_stop::{Checks, EarlyStop, Samplers};
 use super::episodes::{ClassSource, Episode};
-use super::learner::{Answer, InnerOrder, Learner, MetaModel, Task};
+use super::learner::{Answer, InnerOrder, Learner, MetaModel};
 use super::protonet::first_largest;
+use super::task::Task;
 use crate::error::{Error, Result, ResultExt};
 use crate::tensor::tape::{Order, Var};
 use crate::tensor::{Adam, AdamOptions, Images, TensorStore};
 
 mod lessons;
 
-pub use lessons::{Lesson, TaskGradient, mean_gradient};
+pub use lessons::{Lesson, Mix, MixSpace, TaskGradient, mean_gradient};
 
 /// How the learning rate moves over the steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,6 +93,8 @@ pub enum StopReason {
     TimeLimit,
     /// No check on pseudo-validation had a new best for a while.
     EarlyStop,
+    /// Nobody can be asked any more, and nothing else was to be done.
+    BudgetSpent,
     /// The observer asked to stop.
     Interrupted,
     /// The loss or a gradient is no longer finite; the parameters are those before that step.
@@ -260,16 +263,13 @@ impl Trainer {
         Ok(StopReason::Done)
     }
 
-    /// The outer loss of an episode with these images, support then queries `[n, 3, H, W]`, and the learner's answer.
+    /// The outer loss of the task of an episode, and the learner's answer.
     pub(super) fn play(
         &self,
         parameters: &[Var],
-        images: &Var,
+        task: Task<'_>,
         episode: &Episode,
     ) -> Result<(Var, Answer)> {
-        let labels = episode.support_labels.as_slice();
-        let way = episode.query_labels.iter().max().map_or(0, |&label| label + 1);
-        let task = Task { images, labels, way };
         let (steps, order) = match self.model.learner() {
             Learner::ProtoNet => (0, Order::First),
             Learner::Anil(inner) | Learner::Maml(inner) => match inner.order {

@@ -12,7 +12,7 @@ use super::invert::{roll, shared_weight};
 use super::parts::generator::{ADAM, GeneratorNet, Latents};
 use super::parts::{CrossEntropy, Generator, Student};
 use super::recover::{RecoverIteration, Watch};
-use crate::access::{Objective, Teacher};
+use crate::access::{Guide, Objective, Teacher};
 use crate::error::{Error, Result};
 use crate::tensor::lists::{add_all, all_finite};
 use crate::tensor::{Adam, Images, RngStream, TensorStore};
@@ -152,13 +152,10 @@ impl MetaGenerator {
             let made = clone.step([config.rate, config.latent_rate], |images| {
                 let images = roll(images, dy, dx);
                 let found = match student {
-                    Some(student) if config.boundary > 0.0 => student.image_gradient(
-                        teacher,
-                        &images,
-                        &objective,
-                        config.boundary,
-                        rng,
-                    )?,
+                    Some(student) if config.boundary > 0.0 => {
+                        let wanted = (&objective, config.boundary);
+                        student.image_gradient(teacher, &images, wanted, &Guide::default(), rng)?
+                    }
                     _ => teacher.image_gradient(&images, &objective, rng)?,
                 };
                 last = RecoverIteration {

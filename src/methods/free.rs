@@ -10,7 +10,7 @@ use std::ops::ControlFlow;
 use candle_core::Tensor;
 
 use super::five::{MetaGenerator, distinct};
-use super::parts::{Memory, OpenTeachers, Student};
+use super::parts::{Agreed, Memory, OpenTeachers, Patience, Student};
 use super::recover::Watch;
 use super::rounds::{Round, RoundConfig, draw};
 use crate::error::{Error, ErrorKind, Result};
@@ -65,6 +65,8 @@ pub struct FreeConfig {
     pub warm_up: u64,
     /// Updates without a better accuracy that end an epoch.
     pub patience: u64,
+    /// Images that their own model puts into another class are left out of episodes from memory.
+    pub only_agreed: bool,
     /// The outer step of an epoch.
     pub align: Align,
     /// Its loss.
@@ -98,29 +100,28 @@ pub struct Free<'a> {
     memory: Memory,
     /// Models still visited.
     models: Vec<usize>,
-    /// In an epoch's episodes from memory: best accuracy, and updates since.
-    replay: Option<(f64, u64)>,
+    /// Of an epoch's episodes from memory.
+    replay: Patience,
 }
 
 /// Soft labels of the teachers: each class's own is asked how likely it is.
 struct Asked<'a> {
-    memory: &'a Memory,
+    source: &'a Agreed<'a>,
     teachers: &'a OpenTeachers<'a>,
 }
 
 impl SoftLabels for Asked<'_> {
     fn logits(&self, episode: &Episode) -> Result<Option<Vec<f32>>> {
+        let memory = self.source.memory();
         let queries = &episode.images[episode.support_labels.len()..];
-        let way = episode.query_labels.iter().max().map_or(0, |&label| label + 1);
-        let mut slots = vec![(0, 0); way];
-        for (&(class, _), &label) in queries.iter().zip(&episode.query_labels) {
-            slots[label] = self.memory.origin(class);
-        }
+        let way = episode.way();
+        let slots: Vec<(usize, usize)> =
+            episode.slots().into_iter().map(|class| memory.origin(class)).collect();
         let mut images = Vec::new();
         for &(class, index) in queries {
-            images.extend(self.memory.image(class, index)?);
+            images.extend(memory.image(class, self.source.index(class, index))?);
         }
-        let [h, w] = self.memory.image_size();
+        let [h, w] = memory.image_size();
         let images = Images::new(images, [queries.len(), 3, h, w])?;
         let mut soft = vec![0.0f32; queries.len() * way];
         let mut models: Vec<usize> = slots.iter().map(|&(model, _)| model).collect();
@@ -211,7 +212,8 @@ impl<'a> Free<'a> {
         memory: Memory,
         models: Vec<usize>,
     ) -> Self {
-        Self { config, generator, teachers, memory, models, replay: None }
+        let replay = Patience::new(config.patience);
+        Self { config, generator, teachers, memory, models, replay }
     }
 
     /// The images as they are.
@@ -256,7 +258,17 @@ impl<'a> Free<'a> {
         let this = &*self;
         let student = |model: usize, labels: &[usize]| this.student(trainer, model, labels);
         let mut round = generator.round(&chosen, |generator, model| {
-            generator.visit_of_round((&plan, number), model, &this.teachers, &student, watch)
+            let mut visited = generator.visit_of_round(
+                (&plan, number),
+                model,
+                &this.teachers,
+                &student,
+                watch,
+            )?;
+            if this.config.only_agreed && number >= this.config.warm_up {
+                visited.answers = this.teachers.get(model)?.logits(&visited.visit.images)?;
+            }
+            Ok(visited)
         })?;
         round.leave_out_failed(&mut self.models);
         if self.models.is_empty() && self.memory.is_empty() {
@@ -272,7 +284,8 @@ impl<'a> Free<'a> {
         }
         if number >= self.config.warm_up {
             for visited in &round.visits {
-                self.memory.push(visited.model, &visited.labels, visited.visit.images.clone())?;
+                let (images, answers) = (visited.visit.images.clone(), visited.answers.clone());
+                self.memory.push(visited.model, &visited.labels, images, answers)?;
             }
         }
         Ok((number, round))
@@ -319,8 +332,9 @@ impl<'a> Free<'a> {
         if episodes.is_empty() || self.config.align == Align::Off {
             return Ok(None);
         }
-        let asked = Asked { memory: &self.memory, teachers: &self.teachers };
-        let lesson = Lesson { soft: Some((&asked, self.config.distillation)) };
+        let all = self.memory.all();
+        let asked = Asked { source: &all, teachers: &self.teachers };
+        let lesson = Lesson { soft: Some((&asked, self.config.distillation)), mix: None };
         let start: Vec<Tensor> = trainer.model().parameters().map(|p| p.value.clone()).collect();
         let tasks: Vec<TaskGradient> = episodes
             .iter()
@@ -358,7 +372,7 @@ impl<'a> Free<'a> {
         observe: &mut dyn FnMut(&Self, &Trainer, FreeEvent<'_>) -> ControlFlow<()>,
     ) -> Result<StopReason> {
         while trainer.step() < trainer.config().steps {
-            if self.replay.is_none() {
+            if !self.replay.lasts() {
                 if !self.models.is_empty() {
                     let (number, mut round) = self.visit(trainer, watch)?;
                     if observe(self, trainer, FreeEvent::Round(number, &mut round)).is_break() {
@@ -375,14 +389,14 @@ impl<'a> Free<'a> {
                     if let Some((iteration, cosine)) = aligned {
                         let Some(iteration) = iteration else { return Ok(StopReason::Diverged) };
                         // The step is done: what follows must not do it again.
-                        self.replay = Some((f64::NEG_INFINITY, 0));
+                        self.replay.begin();
                         let event = FreeEvent::Aligned { iteration, cosine };
                         if observe(self, trainer, event).is_break() {
                             return Ok(StopReason::Interrupted);
                         }
                     }
                 }
-                self.replay = Some((f64::NEG_INFINITY, 0));
+                self.replay.begin();
             }
             match self.sampler(trainer) {
                 Ok(sampler) => {
@@ -391,16 +405,32 @@ impl<'a> Free<'a> {
                     }
                 }
                 // Too few images yet.
-                Err(_) if !self.models.is_empty() => self.replay = None,
+                Err(_) if !self.models.is_empty() && !self.settled() => self.replay.end(),
                 Err(error) => return Err(error),
             }
         }
         Ok(StopReason::Done)
     }
 
+    /// More visits add no image: each model had as many turns as visits are kept of it.
+    fn settled(&self) -> bool {
+        let a_turn = self.models.len().div_ceil(self.config.round.models.max(1)) as u64;
+        let kept = self.generator.rounds().saturating_sub(self.config.warm_up);
+        kept >= a_turn * (self.memory.visits_kept() + 1)
+    }
+
+    /// The images that episodes are drawn from.
+    fn trusted(&self, trainer: &Trainer) -> Agreed<'_> {
+        let c = trainer.config();
+        match self.config.only_agreed {
+            true => self.memory.agreed(c.shot + c.query),
+            false => self.memory.all(),
+        }
+    }
+
     fn sampler(&self, trainer: &Trainer) -> Result<EpisodeSampler> {
         let c = trainer.config();
-        EpisodeSampler::new(&self.memory, c.way, c.shot, c.query, c.cross_model_share)
+        EpisodeSampler::new(&self.trusted(trainer), c.way, c.shot, c.query, c.cross_model_share)
     }
 
     /// Episodes from memory until patience is over; a reason where training ends.
@@ -410,16 +440,15 @@ impl<'a> Free<'a> {
         sampler: &EpisodeSampler,
         observe: &mut dyn FnMut(&Self, &Trainer, FreeEvent<'_>) -> ControlFlow<()>,
     ) -> Result<Option<StopReason>> {
-        while trainer.step() < trainer.config().steps {
-            let Some((best, since)) = self.replay else { return Ok(None) };
-            let asked = Asked { memory: &self.memory, teachers: &self.teachers };
+        while trainer.step() < trainer.config().steps && self.replay.lasts() {
+            let source = self.trusted(trainer);
+            let asked = Asked { source: &source, teachers: &self.teachers };
             let soft = self.config.cross.map(|how| (&asked as &dyn SoftLabels, how));
-            let Some(iteration) = trainer.update(&self.memory, sampler, &Lesson { soft })? else {
+            let Some(iteration) = trainer.update(&source, sampler, &Lesson { soft, mix: None })?
+            else {
                 return Ok(Some(StopReason::Diverged));
             };
-            let since = if iteration.accuracy > best { 0 } else { since + 1 };
-            let over = since >= self.config.patience.max(1) && !self.models.is_empty();
-            self.replay = (!over).then_some((best.max(iteration.accuracy), since));
+            self.replay.tell(iteration.accuracy, self.models.is_empty());
             if observe(self, trainer, FreeEvent::Replayed(iteration)).is_break() {
                 return Ok(Some(StopReason::Interrupted));
             }
@@ -434,10 +463,7 @@ impl<'a> Free<'a> {
     pub fn write_to(&self, store: &mut TensorStore) -> Result<()> {
         self.generator.write_to(store)?;
         self.memory.write_to(store);
-        if let Some((best, since)) = self.replay {
-            store.words.insert("free.best".into(), format!("{best:?}"));
-            store.words.insert("free.since".into(), since.to_string());
-        }
+        self.replay.write_to("free", store);
         let models: Vec<String> = self.models.iter().map(usize::to_string).collect();
         store.words.insert("free.models".into(), models.join(" "));
         Ok(())
@@ -450,10 +476,7 @@ impl<'a> Free<'a> {
     pub fn restore(&mut self, store: &TensorStore) -> Result<()> {
         self.generator = MetaGenerator::read_from(self.generator.config().clone(), store)?;
         self.memory.restore(store)?;
-        self.replay = match store.words.contains_key("free.since") {
-            true => Some((store.number("free.best")?, store.number("free.since")?)),
-            false => None,
-        };
+        self.replay.restore("free", store)?;
         let models = store.word("free.models")?;
         self.models = models.split_whitespace().filter_map(|model| model.parse().ok()).collect();
         Ok(())

@@ -9,7 +9,7 @@ use crate::error::{ErrorKind, Result};
 use crate::tensor::{Images, RngStream};
 
 use super::invert::shared_weight;
-use super::parts::{CrossEntropy, Generator};
+use super::parts::{CrossEntropy, Generator, Student};
 use super::recover::{RecoverIteration, RecoverStop, Watch};
 
 /// How the generator is trained.
@@ -25,11 +25,32 @@ pub struct GenerateConfig {
     pub features: usize,
     /// Weight of the statistics term where gradients are exact, divided by the number of tapped layers.
     pub statistics: f32,
+    /// Which iterate is kept.
+    pub best: Best,
     /// Tangents of the generator handed to an estimator that is guided by them; 0 for others.
     pub tangents: usize,
 }
 
-/// Recovers one image per entry of `labels`; also tells whether the budget ended it.
+/// What images of a model are made for, beside their labels.
+#[derive(Clone, Copy)]
+pub struct Against<'a> {
+    /// The learner that they are to be hard for.
+    pub student: &'a Student<'a>,
+    /// Weight of that term.
+    pub weight: f64,
+}
+
+/// Which iterate of a generator is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Best {
+    /// The one of lowest loss.
+    Loss,
+    /// The one of lowest `mean <x, gradient>`, as BiDf-MKD's program does (a defect, methods.md 3.3).
+    Surrogate,
+}
+
+/// Recovers one image per entry of `labels`, hard for a learner where there is one; also tells whether the budget ended
+/// it.
 ///
 /// # Errors
 /// Those of the teacher but a spent budget, which ends the loop; a budget that is spent before the first
@@ -39,11 +60,10 @@ pub fn generate(
     labels: &[usize],
     image_size: [usize; 2],
     config: &GenerateConfig,
-    seed: u64,
-    block: u64,
+    against: Option<Against<'_>>,
+    mut rng: RngStream,
     watch: &Watch<'_>,
 ) -> Result<(Images, RecoverStop)> {
-    let mut rng = RngStream::new(seed, "generate", &teacher.spec().sha, block);
     let mut generator =
         Generator::new(labels.len(), config.latent, config.features, image_size, &mut rng)?;
     let loss = CrossEntropy::new(labels.to_vec());
@@ -62,8 +82,18 @@ pub fn generate(
         let last = prior.take();
         let guide = Guide { basis: basis.as_ref(), prior: last.as_ref() };
         let made = generator.step([config.learning_rate; 2], |images| {
-            let found = teacher.guided_gradient(images, &objective, &guide, &mut rng)?;
-            seen = Some((found.logits_loss, found.statistics_loss));
+            let found = match against {
+                Some(Against { student, weight }) => {
+                    let wanted = (&objective, weight);
+                    student.image_gradient(teacher, images, wanted, &guide, &mut rng)?
+                }
+                None => teacher.guided_gradient(images, &objective, &guide, &mut rng)?,
+            };
+            let rank = match config.best {
+                Best::Loss => found.logits_loss,
+                Best::Surrogate => surrogate(images, &found.gradient),
+            };
+            seen = Some((found.logits_loss, found.statistics_loss, rank));
             prior = Some(found.gradient.clone());
             Ok(found.gradient)
         });
@@ -75,9 +105,9 @@ pub fn generate(
             }
             Err(error) => return Err(error),
         };
-        let (value, statistics) = seen.unwrap_or_default();
-        if best.as_ref().is_none_or(|(lowest, _)| value < *lowest) {
-            best = Some((value, images));
+        let (value, statistics, rank) = seen.unwrap_or_default();
+        if best.as_ref().is_none_or(|(lowest, _)| rank < *lowest) {
+            best = Some((rank, images));
         }
         watch.tell(&RecoverIteration { step: step + 1, loss: value, statistics, prior: 0.0 });
     }
@@ -85,4 +115,9 @@ pub fn generate(
         Some((_, images)) => Ok((images, stop)),
         None => Ok((generator.images()?, stop)),
     }
+}
+
+/// `<x, gradient>` of the whole batch: the gradient is that of a mean already.
+fn surrogate(images: &Images, gradient: &Images) -> f64 {
+    images.data().iter().zip(gradient.data()).map(|(x, g)| f64::from(x * g)).sum()
 }

@@ -5,6 +5,7 @@
 //! [`invert`] frees pixels under exact gradients (PURER sec. 2.2, DeepInversion), [`generate`] trains a
 //! generator on estimated ones (BiDf-MKD sec. 3.3).
 
+pub mod bidf;
 pub mod eci;
 pub mod five;
 pub mod free;
@@ -13,7 +14,11 @@ pub mod invert;
 pub mod parts;
 mod recover;
 pub mod rounds;
+pub mod schedule;
 
+pub use bidf::{
+    Bidf, BidfConfig, BidfEvent, BidfRound, BoundaryConfig, Levels, Recovery, ReplayConfig,
+};
 pub use eci::{Eci, EciConfig, EciStep, Hardening};
 pub use five::{FiveConfig, MetaGenerator, MetaGradient, Visit};
 pub use free::{Align, Free, FreeConfig, FreeEvent, Inner, Keep};
@@ -24,3 +29,4 @@ pub use recover::{
     recover, recover_one,
 };
 pub use rounds::{Round, RoundConfig, Visited, draw};
+pub use schedule::Choice;

@@ -10,7 +10,7 @@ use crate::access::Teacher;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::meta::protonet::first_largest;
 use crate::tensor::{Images, RngStream, TensorStore};
-use crate::zoo::Access;
+use crate::zoo::{Access, ModelSpec};
 
 use super::five::MetaGenerator;
 use super::generate::{GenerateConfig, generate};
@@ -74,6 +74,8 @@ pub enum RecoverStop {
     BudgetSpent,
     /// No round of visits came to this model.
     NotVisited,
+    /// The model failed after it had given images.
+    Failed,
 }
 
 impl RecoverStop {
@@ -83,6 +85,7 @@ impl RecoverStop {
             Self::Done => "done",
             Self::BudgetSpent => "budget-spent",
             Self::NotVisited => "not-visited",
+            Self::Failed => "failed",
         }
     }
 }
@@ -113,7 +116,26 @@ impl Recovered {
         classes: Vec<usize>,
         stop: RecoverStop,
     ) -> Result<Self> {
-        let spec = teacher.spec();
+        let judged = Self::judged(teacher.spec(), images, classes, f64::NAN, stop);
+        let agreement = match judged.images.is_empty() {
+            true => f64::NAN,
+            false => agreement(teacher, &judged.images)?,
+        };
+        let stop = match stop {
+            RecoverStop::Done if agreement.is_nan() => RecoverStop::BudgetSpent,
+            stop => stop,
+        };
+        Ok(Self { agreement, queries: teacher.queries(), stop, ..judged })
+    }
+
+    /// `images` of a model, of its classes `classes`, of which it puts a share `agreement` into them.
+    pub fn judged(
+        spec: &ModelSpec,
+        images: &Images,
+        classes: Vec<usize>,
+        agreement: f64,
+        stop: RecoverStop,
+    ) -> Self {
         let done = classes.iter().max().map_or(0, |&class| class + 1);
         // The file keeps one name a line.
         let whole = spec.labels.iter().all(|label| !label.contains('\n'));
@@ -124,12 +146,7 @@ impl Recovered {
         };
         let mut images = ModelImages::new(&spec.id, labels, classes, images);
         images.naming = naming;
-        let agreement = if images.is_empty() { f64::NAN } else { agreement(teacher, &images)? };
-        let stop = match stop {
-            RecoverStop::Done if agreement.is_nan() => RecoverStop::BudgetSpent,
-            stop => stop,
-        };
-        Ok(Self { images, agreement, queries: teacher.queries(), stop, seconds: 0.0 })
+        Self { images, agreement, queries: 0, stop, seconds: 0.0 }
     }
 
     /// Writes the images and what is known of them to `path`, whole or not at all.
@@ -158,6 +175,7 @@ impl Recovered {
             stop: match store.words.get("stop").map(String::as_str) {
                 Some("budget-spent") => RecoverStop::BudgetSpent,
                 Some("not-visited") => RecoverStop::NotVisited,
+                Some("failed") => RecoverStop::Failed,
                 _ => RecoverStop::Done,
             },
             seconds: 0.0,
@@ -203,7 +221,8 @@ impl Via<'_> {
                 Ok((made, RecoverStop::Done))
             }
             (Self::Pixels | Self::Generator, _) => {
-                generate(teacher, labels, size, &config.black_box, seed, block, watch)
+                let rng = RngStream::new(seed, "generate", &spec.sha, block);
+                generate(teacher, labels, size, &config.black_box, None, rng, watch)
             }
             (Self::Five(generator), _) => {
                 let mut rng = RngStream::new(seed, "five", &spec.sha, block);

@@ -29,6 +29,8 @@ pub struct Visited {
     pub labels: Vec<usize>,
     /// What came of it.
     pub visit: Visit,
+    /// What the model answers to the images (logits, one row an image), where it was asked.
+    pub answers: Vec<f32>,
 }
 
 /// The learner that images of a model and of these labels are to be hard for, where there is one.
@@ -124,7 +126,7 @@ impl MetaGenerator {
         let labels = config.labels(teacher.spec().classes, &mut rng);
         let student = student(model, &labels)?;
         let visit = self.visit(teacher.as_ref(), &labels, student.as_ref(), &mut rng, watch)?;
-        Ok(Visited { model, labels, visit })
+        Ok(Visited { model, labels, visit, answers: Vec::new() })
     }
 }
 

@@ -59,6 +59,17 @@ impl RngStream {
         (0..n).map(|_| self.normal()).collect()
     }
 
+    /// Beta(`a`, `a`), by Joehnk's method (1964): exact, but slow for an `a` of more than a few units.
+    pub fn beta(&mut self, a: f64) -> f64 {
+        loop {
+            let (x, y) =
+                (f64::from(self.uniform()).powf(1.0 / a), f64::from(self.uniform()).powf(1.0 / a));
+            if x + y > 0.0 && x + y <= 1.0 {
+                return x / (x + y);
+            }
+        }
+    }
+
     /// Uniform integer in `0..n` (`n` > 0), without modulo bias.
     pub fn below(&mut self, n: usize) -> usize {
         let n = n.max(1) as u64;
@@ -94,5 +105,24 @@ impl RngStream {
         }
         indices.truncate(k);
         indices
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Mean 1/2, variance 1 / (4 (2 a + 1)).
+    #[test]
+    fn shares_have_the_moments_of_their_distribution() {
+        for a in [0.5, 1.0, 2.0] {
+            let mut rng = RngStream::new(1, "test", "beta", 0);
+            let drawn: Vec<f64> = (0..20_000).map(|_| rng.beta(a)).collect();
+            let mean = drawn.iter().sum::<f64>() / 20_000.0;
+            let variance = drawn.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / 20_000.0;
+            let expected = 1.0 / (4.0 * (2.0 * a + 1.0));
+            assert!((mean - 0.5).abs() < 0.01, "{a}: {mean}");
+            assert!((variance - expected).abs() < 0.03 * expected, "{a}: {variance} {expected}");
+        }
     }
 }

@@ -19,15 +19,28 @@ use crate::graph::plan::{CompileOptions, Gradient, Plan, Taps};
 use crate::graph::{Graph, unsupported_ops};
 use crate::onnx;
 
+/// How models may be reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reach {
+    /// As the sidecar says, white-box where the graph compiles and nobody forbids it.
+    AsFound,
+    /// By questions only, whatever the sidecar says.
+    Asked,
+}
+
 /// Reads a candidate of the zoo whose real path is `root`.
 ///
 /// # Errors
 /// The rejection: path, reason, hint.
-pub fn read_candidate(candidate: &Candidate, root: &Path) -> Result<CatalogModel, Rejection> {
+pub fn read_candidate(
+    candidate: &Candidate,
+    root: &Path,
+    reach: Reach,
+) -> Result<CatalogModel, Rejection> {
     // A defect in reading one file must not take the other models down with it.
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         let sidecar = candidate.sidecar.clone()?;
-        read(&candidate.file.path, &candidate.id, sidecar.as_ref(), root)
+        read(&candidate.file.path, &candidate.id, sidecar.as_ref(), root, reach)
     }));
     let error = match outcome {
         Ok(Ok(model)) => return Ok(model),
@@ -50,7 +63,7 @@ pub fn read_file(path: &Path) -> Result<CatalogModel> {
         content,
     });
     let id = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
-    read(&real, &id, sidecar.as_ref(), &root)
+    read(&real, &id, sidecar.as_ref(), &root, Reach::AsFound)
 }
 
 /// An error as a rejection of the file at `relative`.
@@ -67,6 +80,7 @@ fn read(
     id: &str,
     sidecar: Option<&FoundSidecar>,
     root: &Path,
+    reach: Reach,
 ) -> Result<CatalogModel> {
     let model = onnx::load(path, root)?;
     let index = GraphIndex::new(&model.graph);
@@ -92,7 +106,12 @@ fn read(
                 .into(),
         );
     }
-    choose_access(&mut resolved, &model.graph, quantisation, sidecar, output.scores_behind)?;
+    if reach == Reach::Asked {
+        resolved.provenance.insert("access".into(), Provenance::Sidecar);
+        resolved.spec.access = Access::BlackBox;
+    } else {
+        choose_access(&mut resolved, &model.graph, quantisation, sidecar, output.scores_behind)?;
+    }
     resolved.notes.extend(norm.note().filter(|_| quantisation == Quantisation::None));
 
     let bytes = std::iter::once(path)

@@ -19,6 +19,7 @@ use metazoa::methods::parts::CrossEntropy;
 use metazoa::onnx::{self, ExportInfo};
 use metazoa::tensor::{Device, Images, RngStream};
 use metazoa::zoo::hash::file_sha;
+use metazoa::zoo::read::Reach;
 use metazoa::zoo::{Access, ModelSpec, OutputKind, read};
 
 use crate::black::Glyphs;
@@ -64,8 +65,12 @@ fn access_black_box_never_takes_a_gradient_from_the_graph() {
         std::fs::write(zoo.path().join(format!("{name}.yaml")), yaml).unwrap();
     }
     let context = Context::silent(0);
-    let options =
-        IngestOptions { zoo: zoo.path().into(), catalog: CatalogWriting::Skip, probe: None };
+    let options = IngestOptions {
+        zoo: zoo.path().into(),
+        catalog: CatalogWriting::Skip,
+        probe: None,
+        reach: Reach::AsFound,
+    };
     let found = ingest(&context, &options).unwrap();
     let config = RunConfig::default();
     let options = TeacherOptions::new(&context, &config, found.zoo.clone(), runtime_options());
@@ -180,8 +185,12 @@ fn a_model_replaced_since_ingest_lends_no_statistics() {
         std::fs::write(zoo.path().join(format!("{name}.yaml")), yaml).unwrap();
     }
     let context = Context::silent(0);
-    let options =
-        IngestOptions { zoo: zoo.path().into(), catalog: CatalogWriting::Skip, probe: None };
+    let options = IngestOptions {
+        zoo: zoo.path().into(),
+        catalog: CatalogWriting::Skip,
+        probe: None,
+        reach: Reach::AsFound,
+    };
     let found = ingest(&context, &options).unwrap();
     let config = RunConfig::default();
     let options = TeacherOptions::new(&context, &config, found.zoo.clone(), runtime_options());

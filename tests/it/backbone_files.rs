@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use metazoa::access::session::Tensor as Values;
 use metazoa::access::{Surrogate, Teacher, WhiteTeacher};
 use metazoa::graph::{ConstantTensor, DataType, Dimension, Graph, Node, Port};
-use metazoa::meta::learner::Task;
+use metazoa::meta::Task;
 use metazoa::meta::{Backbone, BnMode, InnerLoop, InnerOrder, Learner, MetaModel};
 use metazoa::onnx::{self, ExportInfo};
 use metazoa::tensor::tape::{Order, Tape, Var, grad};
@@ -257,7 +257,7 @@ fn second_order_goes_through_a_file_whose_images_are_resized() {
         let value =
             candle_core::Tensor::from_vec(both.into_data(), &shape, &candle_core::Device::Cpu);
         let both = tape.constant(value.unwrap());
-        let task = Task { images: &both, labels: &[0, 0, 1, 1], way: 2 };
+        let task = Task::new(&both, &[0, 0, 1, 1], 2);
         let answer = model.answer(&leaves, task, 2, order, BnMode::Batch).unwrap();
         let loss = answer.logits.cross_entropy(&[0, 0, 0, 1, 1, 1]).unwrap();
         let found = grad(&loss, &leaves.iter().collect::<Vec<_>>(), Order::First).unwrap();

@@ -3,7 +3,9 @@
 use std::sync::atomic::AtomicBool;
 
 use metazoa::ErrorKind;
-use metazoa::access::{ImageGradient, LogitsLoss, Objective, Surrogate, Teacher, WhiteTeacher};
+use metazoa::access::{
+    Guide, ImageGradient, LogitsLoss, Objective, Surrogate, Teacher, WhiteTeacher,
+};
 use metazoa::meta::{Backbone, BnMode, InnerLoop, InnerOrder, Learner, MetaModel};
 use metazoa::methods::parts::{CrossEntropy, OpenTeachers, Student};
 use metazoa::methods::{
@@ -191,8 +193,15 @@ fn the_boundary_term_is_differentiated_through_teacher_and_student() {
             let (support, slots) = (support.clone(), slots.clone());
             let student = Student::new(&model, support, slots, classes.to_vec()).unwrap();
             let mut rng = RngStream::new(0, "test", "boundary", 1);
-            let found =
-                student.image_gradient(&teacher, &images, &objective, weight, &mut rng).unwrap();
+            let found = student
+                .image_gradient(
+                    &teacher,
+                    &images,
+                    (&objective, weight),
+                    &Guide::default(),
+                    &mut rng,
+                )
+                .unwrap();
             (found.gradient != alone).then_some((classes, found))
         };
         let (classes, found) = [[4, 0, 2], [0, 2, 4], [2, 4, 0]]
@@ -263,7 +272,7 @@ const SHORT: [&str; 14] = [
     "--no-progress",
 ];
 
-fn events(run: &std::path::Path, stage: &str) -> Vec<Value> {
+pub(crate) fn events(run: &std::path::Path, stage: &str) -> Vec<Value> {
     let log = std::fs::read_to_string(run.join("events.jsonl")).unwrap();
     let events = log.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
     events.filter(|event| event["stage"] == stage).collect()

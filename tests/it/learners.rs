@@ -6,10 +6,10 @@ use candle_core::{DType, Device, Tensor};
 use metazoa::Result;
 use metazoa::access::session::Tensor as Values;
 use metazoa::meta::export::adapting_graph;
-use metazoa::meta::learner::Task;
 use metazoa::meta::{
-    Architecture, Augmentation, Backbone, BnMode, ClassSource, InnerLoop, InnerOrder, Learner,
-    Limits, MetaModel, Schedule, ShiftEdge, TrainConfig, Trainer,
+    Architecture, Augmentation, Backbone, BnMode, ClassSource, Distillation, EpisodeSampler,
+    InnerLoop, InnerOrder, KdLoss, Learner, Lesson, Limits, MetaModel, Mix, MixSpace, Partner,
+    Schedule, ShiftEdge, SoftSupport, Task, TrainConfig, Trainer,
 };
 use metazoa::onnx::{ExportInfo, write};
 use metazoa::tensor::tape::{Order, Tape, Var, grad};
@@ -37,16 +37,38 @@ fn task_images() -> [Tensor; 2] {
     })
 }
 
+/// What an episode is learned by.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum By {
+    Labels,
+    /// A teacher's answers on both levels, and the labels for a part.
+    Distillation,
+    /// Labels of embeddings mixed with those of a second task.
+    Mixture,
+}
+
 /// The outer loss in `f64` at `values`, parameters and then the images, and its gradient.
-fn outer(model: &MetaModel, values: &[Tensor], order: Order) -> (f64, Vec<Tensor>) {
+fn outer(model: &MetaModel, values: &[Tensor], order: Order, by: By) -> (f64, Vec<Tensor>) {
     let tape = Tape::new();
     let leaves: Vec<Var> = values.iter().map(|value| tape.leaf(value.clone())).collect();
     let (parameters, images) = leaves.split_at(leaves.len() - 2);
     let labels = [0, 0, 1, 1, 2, 2];
     let images = Var::concat(&[&images[0], &images[1]], 0).unwrap();
-    let task = Task { images: &images, labels: &labels, way: 3 };
+    let mut task = Task::new(&images, &labels, 3);
+    let soft: Vec<f32> = noise(45, 7).into_iter().map(|v| v as f32).collect();
+    let how = Distillation { loss: KdLoss::Kl, temperature: 2.0, weight: 0.7 };
+    let other = tape.constant(double(noise(15 * 768, 8), &[15, 3, 16, 16]));
+    match by {
+        By::Labels => {}
+        By::Distillation => task.soft = Some(SoftSupport { logits: &soft[..18], how }),
+        By::Mixture => task.partner = Some(Partner { images: &other, share: 0.6 }),
+    }
     let answer = model.answer(parameters, task, 3, order, BnMode::Batch).unwrap();
-    let loss = answer.logits.cross_entropy(&[0, 0, 0, 1, 1, 1, 2, 2, 2]).unwrap();
+    let wanted = [0, 0, 0, 1, 1, 1, 2, 2, 2];
+    let loss = match by {
+        By::Distillation => how.loss(&answer.logits, &wanted, &soft[18..]).unwrap(),
+        By::Labels | By::Mixture => answer.logits.cross_entropy(&wanted).unwrap(),
+    };
     let gradients = grad(&loss, &leaves.iter().collect::<Vec<_>>(), Order::First).unwrap();
     (loss.scalar().unwrap(), gradients.iter().map(|g| g.value().clone()).collect())
 }
@@ -59,14 +81,16 @@ fn inner_product(a: &[Tensor], b: &[Tensor]) -> f64 {
 
 #[test]
 fn outer_gradients_through_the_inner_loop_are_those_of_central_differences() {
-    for learner in [Learner::ProtoNet, Learner::Anil(INNER), Learner::Maml(INNER)] {
+    let learners = [Learner::ProtoNet, Learner::Anil(INNER), Learner::Maml(INNER)];
+    let ways = [By::Labels, By::Distillation, By::Mixture];
+    for (learner, by) in learners.iter().flat_map(|&l| ways.map(|by| (l, by))) {
         let model = small(learner);
         let values: Vec<Tensor> = model
             .parameters()
             .map(|p| p.value.to_dtype(DType::F64).unwrap())
             .chain(task_images())
             .collect();
-        let (_, exact) = outer(&model, &values, Order::Higher);
+        let (_, exact) = outer(&model, &values, Order::Higher, by);
         let mut good = 0;
         for attempt in 0..4 {
             let directions: Vec<Tensor> = values
@@ -86,7 +110,7 @@ fn outer_gradients_through_the_inner_loop_are_those_of_central_differences() {
                             .zip(&directions)
                             .map(|(v, d)| (v + (d * (sign * h)).unwrap()).unwrap())
                             .collect();
-                        outer(&model, &moved, Order::First).0
+                        outer(&model, &moved, Order::First, by).0
                     };
                     let slope = (at(1.0) - at(-1.0)) / (2.0 * h);
                     (slope - expected).abs() / slope.abs().max(1e-3)
@@ -94,9 +118,9 @@ fn outer_gradients_through_the_inner_loop_are_those_of_central_differences() {
                 .fold(f64::INFINITY, f64::min);
             good += usize::from(best < 1e-5);
         }
-        assert!(good >= 3, "{}: {good} of 4 directions agree", learner.name());
+        assert!(good >= 3, "{} by {by:?}: {good} of 4 directions agree", learner.name());
         // The first-order gradient is another one, but for ProtoNet.
-        let (_, first) = outer(&model, &values, Order::First);
+        let (_, first) = outer(&model, &values, Order::First, by);
         let gap = inner_product(&exact, &exact) - inner_product(&exact, &first);
         let relative = gap.abs() / inner_product(&exact, &exact);
         match learner {
@@ -283,4 +307,69 @@ fn an_adapting_head_leaves_as_one_graph_for_any_number_of_ways() {
             assert!((a - b).abs() < 1e-4 * b.abs().max(1.0), "{a} {b}");
         }
     }
+}
+
+/// Inner distillation of a head, by hand: one step from the same row for every class goes along
+/// `mean_i (p_i - uniform) f_i^T` of the teacher's answers `p`, whatever the labels say.
+#[test]
+fn a_step_on_answers_is_the_step_derived_by_hand() {
+    let inner =
+        InnerLoop { train_steps: 1, test_steps: 1, learning_rate: 0.3, order: InnerOrder::Second };
+    let model = small(Learner::Anil(inner));
+    let tape = Tape::new();
+    let parameters: Vec<Var> =
+        (model.parameters()).map(|p| tape.leaf(p.value.to_dtype(DType::F64).unwrap())).collect();
+    let images = tape.constant(Tensor::cat(&task_images(), 0).unwrap());
+    let answers: Vec<f32> = noise(18, 3).into_iter().map(|v| v as f32).collect();
+    let how = Distillation { loss: KdLoss::Kl, temperature: 1.0, weight: 1.0 };
+    // Labels that are wrong on purpose.
+    let mut task = Task::new(&images, &[2, 1, 0, 2, 1, 0], 3);
+    task.soft = Some(SoftSupport { logits: &answers, how });
+    let answer = model.answer(&parameters, task, 1, Order::Higher, BnMode::Batch).unwrap();
+    let found = answer.logits.value().to_vec2::<f64>().unwrap();
+    let body = &parameters[..parameters.len() - 2];
+    let features = |from: usize, n: usize| {
+        let part = images.narrow(0, from, n).unwrap();
+        let seen = model.backbone().forward(body, &part, BnMode::Batch).unwrap();
+        seen.embedding.value().to_vec2::<f64>().unwrap()
+    };
+    let (support, query) = (features(0, 6), features(6, 9));
+    let row = parameters[parameters.len() - 2].value().to_vec2::<f64>().unwrap().remove(0);
+    let softmax = |row: &[f32]| -> Vec<f64> {
+        let sum: f64 = row.iter().map(|v| f64::from(*v).exp()).sum();
+        row.iter().map(|v| f64::from(*v).exp() / sum).collect()
+    };
+    let p: Vec<Vec<f64>> = answers.chunks(3).map(softmax).collect();
+    for (q, found) in query.iter().zip(&found) {
+        for (class, found) in found.iter().enumerate() {
+            // The head was the same for all classes, its answer uniform.
+            let pull = |i: usize| (p[i][class] - 1.0 / 3.0) * 0.3 / 6.0;
+            let weight =
+                |at: usize| row[at] + (0..6).map(|i| pull(i) * support[i][at]).sum::<f64>();
+            let offset: f64 = (0..6).map(pull).sum();
+            let expected = q.iter().enumerate().map(|(at, q)| q * weight(at)).sum::<f64>() + offset;
+            assert!((expected - found).abs() < 1e-6, "{expected} {found}");
+        }
+    }
+}
+
+/// At shares of nearly 0 or 1 a mixture is one of its two tasks.
+#[test]
+fn tasks_are_mixed_between_one_and_the_other() {
+    let trainer = Trainer::new(config(1, 1), small(Learner::ProtoNet));
+    let sampler = EpisodeSampler::new(&Stripes, 3, 2, 4, 1.0).unwrap();
+    let loss = |index: u64, mix: Option<(MixSpace, f64)>| {
+        let mut rng = RngStream::new(1, "test", "mix", index);
+        let episode = sampler.draw(&mut rng);
+        let mix = mix.map(|(space, alpha)| Mix { sampler: &sampler, space, alpha });
+        trainer.task_loss((&Stripes, &episode), &Lesson { soft: None, mix }, &mut rng).unwrap()
+    };
+    let own = |mix: (MixSpace, f64)| {
+        let same = |index: &u64| (loss(*index, Some(mix)) - loss(*index, None)).abs() < 1e-3;
+        (0..24).filter(same).count()
+    };
+    let pixels = own((MixSpace::Pixels, 1e-3));
+    assert!((5..=19).contains(&pixels), "{pixels} of 24 are the first task");
+    assert_eq!(own((MixSpace::Pixels, 2.0)), 0);
+    assert_eq!(own((MixSpace::Features, 2.0)), 0);
 }

@@ -268,12 +268,12 @@ fn train(dir: &Path, more: &[&str]) -> Ran {
     run_in(dir, &args)
 }
 
-fn outcome<'a>(result: &'a Value, id: &str) -> &'a Value {
+pub(crate) fn outcome<'a>(result: &'a Value, id: &str) -> &'a Value {
     let models = result["models"].as_array().unwrap();
     models.iter().find(|model| model["id"] == id).unwrap_or_else(|| panic!("{id}: {result}"))
 }
 
-fn copy_model(zoo: &Path, from: &str, to: &str, more: &str) {
+pub(crate) fn copy_model(zoo: &Path, from: &str, to: &str, more: &str) {
     std::fs::create_dir_all(zoo).unwrap();
     std::fs::copy(model(from), zoo.join(format!("{to}.onnx"))).unwrap();
     std::fs::write(
@@ -283,7 +283,7 @@ fn copy_model(zoo: &Path, from: &str, to: &str, more: &str) {
     .unwrap();
 }
 
-fn serve_in(zoo: &Path, server: &Server, id: &str, more: &str) {
+pub(crate) fn serve_in(zoo: &Path, server: &Server, id: &str, more: &str) {
     let yaml = server.sidecar(&format!("{}{more}", said(CONV4)));
     std::fs::write(zoo.join(format!("{id}.yaml")), yaml).unwrap();
 }

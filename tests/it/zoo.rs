@@ -12,6 +12,7 @@ use metazoa::app::ingest_output;
 use metazoa::graph::{Attribute, ConstantTensor, DataType, Dimension, Graph, Node, Port};
 use metazoa::onnx::{ExportInfo, write};
 use metazoa::zoo::catalog::{Catalog, CatalogModel, Provenance};
+use metazoa::zoo::read::Reach;
 use metazoa::zoo::{Access, Color, ModelSpec, OutputKind, Sidecar, candidates};
 
 use crate::support::{repository, runtime, shared, temp_dir};
@@ -23,7 +24,10 @@ fn look(zoo: &Path) -> Ingest {
 }
 
 fn try_look(zoo: &Path, catalog: CatalogWriting) -> metazoa::Result<Ingest> {
-    ingest(&Context::silent(0), &IngestOptions { zoo: zoo.to_path_buf(), catalog, probe: None })
+    ingest(
+        &Context::silent(0),
+        &IngestOptions { zoo: zoo.to_path_buf(), catalog, probe: None, reach: Reach::AsFound },
+    )
 }
 
 fn by_id(ingest: &Ingest) -> BTreeMap<&str, &CatalogModel> {
@@ -463,8 +467,12 @@ fn look_closely(zoo: &Path) -> Ingest {
         executable: env!("CARGO_BIN_EXE_metazoa").into(),
         library: runtime().library().path.clone(),
     };
-    let options =
-        IngestOptions { zoo: zoo.to_path_buf(), catalog: CatalogWriting::Skip, probe: Some(probe) };
+    let options = IngestOptions {
+        zoo: zoo.to_path_buf(),
+        catalog: CatalogWriting::Skip,
+        probe: Some(probe),
+        reach: Reach::AsFound,
+    };
     ingest(&Context::silent(0), &options).unwrap()
 }
 

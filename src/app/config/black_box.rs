@@ -15,6 +15,8 @@ pub struct BlackBoxConfig {
     pub latent: usize,
     /// Feature maps of the generator's last layers (64 in the paper).
     pub features: usize,
+    /// Which iterate of a generator's steps is kept.
+    pub best: BestName,
     /// How gradients are estimated from queries.
     pub estimator: EstimatorName,
     /// Directions q of an estimate.
@@ -31,6 +33,16 @@ pub struct BlackBoxConfig {
     pub run_budget: Option<u64>,
     /// ONNX Runtime sessions open at once; null is two for every worker.
     pub max_open: Option<usize>,
+}
+
+/// Which iterate is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum BestName {
+    /// The one of lowest loss.
+    Loss,
+    /// The one of lowest `<image, estimated gradient>`, as BiDf-MKD's program does.
+    Surrogate,
 }
 
 /// How gradients are estimated from queries (docs/black-box.md holds them against each other).
@@ -63,6 +75,7 @@ impl Default for BlackBoxConfig {
             learning_rate: 1e-3,
             latent: 256,
             features: 32,
+            best: BestName::Loss,
             estimator: EstimatorName::LowFrequency,
             directions: 20,
             frequencies: None,

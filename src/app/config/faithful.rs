@@ -1,4 +1,4 @@
-//! Settings of the published programs, for comparisons (methods.md 1.5, 2.5, 4.5): what changes numbers, defects included.
+//! Settings of the published programs, for comparisons (methods.md 1.5, 2.5, 3.7, 4.5): what changes numbers, defects included.
 
 use super::{Method, Override};
 
@@ -23,6 +23,7 @@ const FREE: &[(&str, &str)] = &[
     ("five.features", "64"),
     ("free.warm_up", "19"),
     ("free.patience", "10"),
+    ("free.only_agreed", "false"),
     ("free.visits_kept", "20"),
     // Three quarters of what was recovered is thrown away.
     ("free.keep", "last"),
@@ -58,8 +59,39 @@ const PURER: &[(&str, &str)] = &[
     ("meta.query", "15"),
 ];
 
-/// What both do.
-const BOTH: &[(&str, &str)] = &[
+/// What BiDf-MKD's program does (methods.md 3).
+const BIDF: &[(&str, &str)] = &[
+    ("bidf.generator", "fresh"),
+    ("bidf.choice", "uniform"),
+    ("bidf.levels", "both"),
+    // Its divergence is none.
+    ("bidf.distillation", "{kd_loss: linear, temperature: 1, weight: 1}"),
+    ("bidf.boundary_distance", "logit-l1"),
+    ("bidf.boundary_after", "4000"),
+    // Two hundred groups of four episodes.
+    ("bidf.replay", "{patience: 200, only_agreed: false, distillation: null, mix: null}"),
+    // Twenty sets of thirty images a class.
+    ("bidf.sets_kept", "20"),
+    ("five.models", "1"),
+    ("five.images_per_class", "30"),
+    ("five.classes", "5"),
+    ("five.boundary_weight", "1"),
+    ("recover.black_box.steps", "200"),
+    ("recover.black_box.learning_rate", "0.001"),
+    ("recover.black_box.latent", "256"),
+    ("recover.black_box.features", "64"),
+    ("recover.black_box.best", "surrogate"),
+    ("recover.black_box.estimator", "forward"),
+    ("recover.black_box.directions", "100"),
+    ("recover.black_box.smoothing", "0.005"),
+    ("meta.learner", "maml"),
+    ("meta.inner", "{train_steps: 10, test_steps: 10, learning_rate: 0.01, order: second}"),
+    ("meta.episodes_per_step", "4"),
+    ("meta.query", "15"),
+];
+
+/// What all do.
+const ALL: &[(&str, &str)] = &[
     ("meta.backbone", "conv4"),
     ("meta.width", "32"),
     ("meta.learning_rate", "0.001"),
@@ -76,13 +108,14 @@ impl Method {
             Self::Inversion => return None,
             Self::Purer => PURER,
             Self::Free => FREE,
+            Self::BidfMkd => BIDF,
         };
         let one = |(key, value): &(&str, &str)| Override {
             key: (*key).into(),
             value: (*value).into(),
             origin: "flag `--faithful`".into(),
         };
-        Some(BOTH.iter().chain(own).map(one).collect())
+        Some(ALL.iter().chain(own).map(one).collect())
     }
 }
 
@@ -94,7 +127,7 @@ mod tests {
     /// Every key is one of the settings, and every value fits.
     #[test]
     fn presets_are_settings() {
-        for method in [Method::Purer, Method::Free] {
+        for method in [Method::Purer, Method::Free, Method::BidfMkd] {
             let base = RunConfig { method, ..RunConfig::default() };
             let config = base.with_overrides(&method.faithful().unwrap()).unwrap();
             assert_ne!(config, base);

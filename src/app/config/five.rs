@@ -27,7 +27,7 @@ pub struct FiveConfig {
     pub class_spread: Option<f32>,
     /// Weight of the normalisation statistics, shared among a model's layers.
     pub statistics_weight: f32,
-    /// Weight of the boundary term: images that the meta-model answers otherwise than their model. For method `free`.
+    /// Weight of the boundary term: images that the meta-model answers otherwise than their model. For methods `free` and `bidf-mkd`.
     pub boundary_weight: f64,
     /// Largest random shift, pixels.
     pub jitter: usize,

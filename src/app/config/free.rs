@@ -13,6 +13,9 @@ pub struct FreeConfig {
     pub warm_up: u64,
     /// Updates on episodes from memory without a better accuracy, after which the next round follows.
     pub patience: u64,
+    /// Leaves images that their own model puts into another class out of episodes from memory; costs a query an image of
+    /// a black-box model.
+    pub only_agreed: bool,
     /// Visits to a model whose images are remembered.
     pub visits_kept: usize,
     /// Which images of a round are.
@@ -113,19 +116,24 @@ impl FreeConfig {
         }
         let cross = self.cross_task.iter().map(|own| ("free.cross_task", own));
         let all = std::iter::once(("free.distillation", &self.distillation)).chain(cross);
-        for (name, own) in all {
-            if !(own.temperature.is_finite() && own.temperature > 0.0) {
-                return Err(Error::input(format!(
-                    "`{name}.temperature` must be a positive number: `{}`",
-                    own.temperature
-                )));
-            }
-            if !(0.0..=1.0).contains(&own.weight) {
-                return Err(Error::input(format!(
-                    "`{name}.weight` must be between 0 and 1: `{}`",
-                    own.weight
-                )));
-            }
+        all.into_iter().try_for_each(|(name, own)| own.check(name))
+    }
+}
+
+impl DistillationConfig {
+    /// `name` is where it stands.
+    pub(super) fn check(&self, name: &str) -> Result<()> {
+        if !(self.temperature.is_finite() && self.temperature > 0.0) {
+            return Err(Error::input(format!(
+                "`{name}.temperature` must be a positive number: `{}`",
+                self.temperature
+            )));
+        }
+        if !(0.0..=1.0).contains(&self.weight) {
+            return Err(Error::input(format!(
+                "`{name}.weight` must be between 0 and 1: `{}`",
+                self.weight
+            )));
         }
         Ok(())
     }
@@ -136,6 +144,7 @@ impl Default for FreeConfig {
         Self {
             warm_up: 20,
             patience: 40,
+            only_agreed: true,
             visits_kept: 8,
             keep: KeepName::All,
             memory_mib: 1024,

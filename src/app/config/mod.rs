@@ -9,6 +9,7 @@ use std::path::Path;
 use serde_yaml::Value;
 
 mod backbone;
+pub mod bidf;
 pub mod black_box;
 mod faithful;
 pub mod five;
@@ -18,7 +19,11 @@ pub mod training;
 pub mod types;
 
 pub use backbone::BackboneName;
-pub use black_box::{BlackBoxConfig, EstimatorName};
+pub use bidf::{
+    BidfConfig, BidfGeneratorName, ChoiceName, DistanceName, LevelsName, MixConfig, MixSpaceName,
+    ReplayConfig,
+};
+pub use black_box::{BestName, BlackBoxConfig, EstimatorName};
 pub use five::{FiveConfig, MetaGradientName, MetaOptimizerName};
 pub use free::{
     AlignConfig, AlignName, DistillationConfig, FreeConfig, InnerOptimizerName, KdLossName,
@@ -27,9 +32,9 @@ pub use free::{
 pub use icfil::IcfilConfig;
 pub use training::{EarlyStopConfig, MergeClasses, MetaStart};
 pub use types::{
-    AugmentationConfig, ColorConfig, Edge, EvalConfig, ExportForm, InnerConfig, InnerOrder,
-    LearnerName, MetaConfig, Method, RecoverBy, RecoverConfig, RunConfig, Schedule, SurrogateName,
-    WhiteBoxConfig,
+    AccessName, AugmentationConfig, ColorConfig, Edge, EvalConfig, ExportForm, InnerConfig,
+    InnerOrder, LearnerName, MetaConfig, Method, RecoverBy, RecoverConfig, RunConfig, Schedule,
+    SurrogateName, WhiteBoxConfig,
 };
 
 use crate::error::{Error, Result, ResultExt};
@@ -153,16 +158,23 @@ impl RunConfig {
                 "`{name}` must be 0 or a positive number: `{value}`"
             )));
         }
-        if self.method == Method::Free && self.meta.early_stop.is_some() {
-            return Err(Error::input("method `free` has no pseudo-validation: `meta.early_stop`")
-                .hint("set `meta.early_stop: null`, or use method `inversion` or `purer`"));
+        let (by_turns, name) =
+            (matches!(self.method, Method::Free | Method::BidfMkd), self.method.name());
+        if by_turns && self.meta.early_stop.is_some() {
+            return Err(Error::input(format!(
+                "method `{name}` has no pseudo-validation: `meta.early_stop`"
+            ))
+            .hint("set `meta.early_stop: null`, or use method `inversion` or `purer`"));
         }
-        if self.method == Method::Free && self.meta.merge_classes != MergeClasses::Never {
-            return Err(Error::input("method `free` keeps classes apart: `meta.merge_classes`")
-                .hint("set `meta.merge_classes: never`, or use method `inversion` or `purer`"));
+        if by_turns && self.meta.merge_classes != MergeClasses::Never {
+            return Err(Error::input(format!(
+                "method `{name}` keeps classes apart: `meta.merge_classes`"
+            ))
+            .hint("set `meta.merge_classes: never`, or use method `inversion` or `purer`"));
         }
         self.five.check()?;
         self.free.check()?;
+        self.bidf.check()?;
         if self.eval.as_ref().is_some_and(|eval| eval.data.as_os_str().is_empty()) {
             return Err(Error::input("evaluation needs images: `eval.data` is not set")
                 .hint("set `eval.data` to an ImageFolder, or leave `eval` out"));

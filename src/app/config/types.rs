@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::BackboneName;
+use super::bidf::BidfConfig;
 use super::black_box::BlackBoxConfig;
 use super::five::FiveConfig;
 use super::free::FreeConfig;
@@ -30,12 +31,16 @@ pub struct RunConfig {
     pub max_models: Option<usize>,
     /// Recovering images from the models.
     pub recover: RecoverConfig,
-    /// The generator that all models share, of method `free` and where `recover.by` is `five`.
+    /// How the models are reached.
+    pub access: AccessName,
+    /// The generator that all models share, of methods `free` and `bidf-mkd` and where `recover.by` is `five`.
     pub five: FiveConfig,
     /// Meta-training on the recovered images.
     pub meta: MetaConfig,
     /// How images and meta-model take turns, of method `free`.
     pub free: FreeConfig,
+    /// How queries are spent and learned from, of method `bidf-mkd`.
+    pub bidf: BidfConfig,
     /// How the images move in meta-training, of method `purer`.
     pub curriculum: CurriculumConfig,
     /// Calibration at test time, of `eval --icfil`.
@@ -58,6 +63,19 @@ pub enum Method {
     Purer,
     /// FREE: images by one generator for all models, in a few steps each, while the meta-model learns from them.
     Free,
+    /// BiDf-MKD: images bought by queries from models that can only be asked, while the meta-model learns what the models
+    /// answer.
+    BidfMkd,
+}
+
+/// How the models of a run are reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum AccessName {
+    /// Each as its sidecar says, white-box where it can be.
+    Auto,
+    /// None is more than asked: no gradient is taken from any graph.
+    BlackBox,
 }
 
 impl Method {
@@ -67,6 +85,7 @@ impl Method {
             Self::Inversion => "inversion",
             Self::Purer => "purer",
             Self::Free => "free",
+            Self::BidfMkd => "bidf-mkd",
         }
     }
 }
@@ -327,10 +346,12 @@ impl Default for RunConfig {
             seed: 0,
             image_size: [32, 32],
             max_models: None,
+            access: AccessName::Auto,
             recover: RecoverConfig::default(),
             five: FiveConfig::default(),
             meta: MetaConfig::default(),
             free: FreeConfig::default(),
+            bidf: BidfConfig::default(),
             curriculum: CurriculumConfig::default(),
             icfil: IcfilConfig::default(),
             eval: None,

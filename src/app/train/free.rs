@@ -120,6 +120,7 @@ impl Work<'_> {
         let ended = match failed {
             Some(error) if images.is_empty() => return Err(error),
             Some(error) if error.kind() == ErrorKind::Budget => RecoverStop::BudgetSpent,
+            Some(_) => RecoverStop::Failed,
             None if images.is_empty() => RecoverStop::NotVisited,
             _ => RecoverStop::Done,
         };

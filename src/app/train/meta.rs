@@ -148,6 +148,7 @@ impl<'a> Watching<'a> {
             StopReason::Interrupted => return Err(Error::interrupted()),
             StopReason::Diverged => "diverged",
             StopReason::EarlyStop => "early-stop",
+            StopReason::BudgetSpent => "budget-spent",
             StopReason::Done | StopReason::StepLimit | StopReason::TimeLimit => "done",
         };
         let best = trainer.best_check();

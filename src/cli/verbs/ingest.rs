@@ -10,6 +10,7 @@ use crate::cli::printer::Printer;
 use crate::cli::settings::Settings;
 use crate::cli::{Outcome, startup};
 use crate::error::Result;
+use crate::zoo::read::Reach;
 
 /// Arguments of `ingest`.
 #[derive(Debug, Args)]
@@ -26,6 +27,7 @@ pub(crate) struct IngestArgs {
 pub(crate) fn run(args: &IngestArgs, settings: &Settings, printer: &Printer) -> Result<Outcome> {
     let context = startup::context(settings, printer)?;
     let options = IngestOptions {
+        reach: Reach::AsFound,
         zoo: args.zoo.clone(),
         catalog: CatalogWriting::Write,
         probe: startup::probe_options(&context),

@@ -49,6 +49,7 @@ enum MethodName {
     Inversion,
     Purer,
     Free,
+    BidfMkd,
 }
 
 impl From<MethodName> for Method {
@@ -57,6 +58,7 @@ impl From<MethodName> for Method {
             MethodName::Inversion => Self::Inversion,
             MethodName::Purer => Self::Purer,
             MethodName::Free => Self::Free,
+            MethodName::BidfMkd => Self::BidfMkd,
         }
     }
 }
@@ -74,7 +76,7 @@ pub(crate) fn run(args: &TrainArgs, settings: &Settings, printer: &Printer) -> R
         let preset = config.method.faithful().ok_or_else(|| {
             let method = config.method.name();
             Error::usage(format!("method has no published program to be faithful to: `{method}`"))
-                .hint("use `--method purer` or `--method free`, or leave `--faithful` out")
+                .hint("use `--method purer`, `free` or `bidf-mkd`, or leave `--faithful` out")
         })?;
         config = config.with_overrides(&preset)?;
     }

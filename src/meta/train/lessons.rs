@@ -6,19 +6,44 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::{Iteration, StepSeconds, Trainer, accuracy, read_images};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::meta::augment::Draw;
-use crate::meta::distill::{Distillation, SoftLabels};
+use crate::meta::distill::{Distillation, SoftLabels, SoftSupport};
 use crate::meta::episodes::{ClassSource, Episode, EpisodeSampler};
+use crate::meta::learner::Answer;
+use crate::meta::task::Partner;
 use crate::tensor::RngStream;
 use crate::tensor::lists::{add_all, all_finite};
 use crate::tensor::tape::{BatchStatistics, Order, Tape, Var, grad};
 
-/// What the queries of an episode are answered by.
+/// What an episode is answered by, and what it is mixed with.
 #[derive(Clone, Copy, Default)]
 pub struct Lesson<'a> {
     /// Soft labels and how they count; without them the wanted classes alone.
     pub soft: Option<(&'a dyn SoftLabels, Distillation)>,
+    /// Interpolation with a second episode.
+    pub mix: Option<Mix<'a>>,
+}
+
+/// Task interpolation: images of an episode mixed with those of another in the same places, so that each class of the
+/// mixture lies between two (methods.md 5). One share an episode, Beta(`alpha`, `alpha`).
+#[derive(Clone, Copy)]
+pub struct Mix<'a> {
+    /// Draws the other one.
+    pub sampler: &'a EpisodeSampler,
+    /// Where it happens.
+    pub space: MixSpace,
+    /// Of the share's distribution.
+    pub alpha: f64,
+}
+
+/// Where tasks are mixed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MixSpace {
+    /// The images.
+    Pixels,
+    /// Their embeddings.
+    Features,
 }
 
 /// What one episode gives.
@@ -67,17 +92,9 @@ impl Trainer {
         rng: &mut RngStream,
     ) -> Result<TaskGradient> {
         let begin = Instant::now();
-        let augmentation = &self.config.augmentation;
-        let draws: Vec<Draw> = episode.images.iter().map(|_| augmentation.draw(rng)).collect();
         let tape = Tape::new();
-        let images = tape.constant(read_images(source, episode, &draws)?);
         let parameters: Vec<Var> = at.iter().map(|value| tape.leaf(value.clone())).collect();
-        let (mut loss, answer) = self.play(&parameters, &images, episode)?;
-        if let Some((teachers, how)) = lesson.soft
-            && let Some(soft) = teachers.logits(episode)?
-        {
-            loss = how.loss(&answer.logits, &episode.query_labels, &soft)?;
-        }
+        let (loss, answer) = self.taught(&parameters, (source, episode), lesson, rng)?;
         let played = begin.elapsed().as_secs_f64();
         let wrt: Vec<&Var> = parameters.iter().collect();
         let gradients = grad(&loss, &wrt, Order::First)?
@@ -91,6 +108,64 @@ impl Trainer {
             statistics: answer.statistics,
             seconds: [played, begin.elapsed().as_secs_f64() - played],
         })
+    }
+
+    /// The loss alone, of the model as it is.
+    ///
+    /// # Errors
+    /// As [`Trainer::task_gradient`].
+    pub fn task_loss(
+        &self,
+        task: (&dyn ClassSource, &Episode),
+        lesson: &Lesson<'_>,
+        rng: &mut RngStream,
+    ) -> Result<f64> {
+        let parameters = self.model.leaves(&Tape::new());
+        self.taught(&parameters, task, lesson, rng)?.0.scalar()
+    }
+
+    /// The outer loss of an episode on the tape of `parameters`, and the learner's answer.
+    fn taught(
+        &self,
+        parameters: &[Var],
+        (source, episode): (&dyn ClassSource, &Episode),
+        lesson: &Lesson<'_>,
+        rng: &mut RngStream,
+    ) -> Result<(Var, Answer)> {
+        let Some(tape) = parameters.first().map(Var::tape) else {
+            return Err(Error::internal("a model without parameters"));
+        };
+        let augmentation = &self.config.augmentation;
+        let read = |episode: &Episode, rng: &mut RngStream| -> Result<Tensor> {
+            let draws: Vec<Draw> = episode.images.iter().map(|_| augmentation.draw(rng)).collect();
+            read_images(source, episode, &draws)
+        };
+        let mut images = read(episode, rng)?;
+        let mut partner = None;
+        if let Some(mix) = lesson.mix {
+            let other = mix.sampler.draw(rng);
+            let other = read(&other, rng)?;
+            let share = rng.beta(mix.alpha);
+            match mix.space {
+                MixSpace::Pixels => images = ((images * share)? + (other * (1.0 - share))?)?,
+                MixSpace::Features => partner = Some((tape.constant(other), share)),
+            }
+        }
+        let images = tape.constant(images);
+        let mut task = episode.task(&images);
+        task.partner = partner.as_ref().map(|(images, share)| Partner { images, share: *share });
+        let support = match lesson.soft {
+            Some((teachers, how)) => teachers.support(episode)?.map(|logits| (logits, how)),
+            None => None,
+        };
+        task.soft = support.as_ref().map(|(logits, how)| SoftSupport { logits, how: *how });
+        let (mut loss, answer) = self.play(parameters, task, episode)?;
+        if let Some((teachers, how)) = lesson.soft
+            && let Some(soft) = teachers.logits(episode)?
+        {
+            loss = how.loss(&answer.logits, &episode.query_labels, &soft)?;
+        }
+        Ok((loss, answer))
     }
 
     /// One step of the outer optimiser along `gradients`, which came of `tasks`; `None` when loss or gradient are not

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Result, ResultExt};
 use crate::meta::ClassSource;
+use crate::meta::protonet::first_largest;
 use crate::tensor::{Images, TensorStore};
 
 /// One visit's images.
@@ -19,6 +20,24 @@ struct Entry {
     model: usize,
     /// The wanted class of each image.
     labels: Vec<usize>,
+    /// Whether the model, asked, puts it there; true where it was not asked.
+    agreed: Vec<bool>,
+    /// Classes of the model where its answers are kept, 0 where they are not.
+    answered: usize,
+}
+
+/// What is kept of a visit beside its entry.
+#[derive(Debug)]
+struct Kept {
+    images: Images,
+    /// The model's logits `[n, answered]`.
+    answers: Vec<f32>,
+}
+
+impl Kept {
+    fn bytes(&self) -> usize {
+        size_of_val(self.images.data()) + size_of_val(self.answers.as_slice())
+    }
 }
 
 /// A class of the memory.
@@ -43,7 +62,7 @@ pub struct Memory {
     /// The classes that have images, in order.
     classes: Vec<Class>,
     next: u64,
-    held: Mutex<Vec<(u64, Arc<Images>)>>,
+    held: Mutex<Vec<(u64, Arc<Kept>)>>,
 }
 
 impl Memory {
@@ -61,7 +80,7 @@ impl Memory {
         }
     }
 
-    fn held(&self) -> MutexGuard<'_, Vec<(u64, Arc<Images>)>> {
+    fn held(&self) -> MutexGuard<'_, Vec<(u64, Arc<Kept>)>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -69,15 +88,32 @@ impl Memory {
         self.folder.join(format!("{number:06}.safetensors"))
     }
 
-    /// Keeps the images of a visit to `model`; its oldest visit beyond the limit is forgotten.
+    /// Keeps the images of a visit to `model`, and its `answers` (logits, one row an image) or none; its oldest visit
+    /// beyond the limit is forgotten.
     ///
     /// # Errors
     /// When the disk cannot be written.
-    pub fn push(&mut self, model: usize, labels: &[usize], images: Images) -> Result<()> {
+    pub fn push(
+        &mut self,
+        model: usize,
+        labels: &[usize],
+        images: Images,
+        answers: Vec<f32>,
+    ) -> Result<()> {
         let number = self.next;
+        let agreed = match answers.is_empty() {
+            true => vec![true; labels.len()],
+            false => (answers.chunks_exact(answers.len() / labels.len()).zip(labels))
+                .map(|(row, &label)| first_largest(row) == label)
+                .collect(),
+        };
+        let answered = answers.len() / labels.len().max(1);
         std::fs::create_dir_all(&self.folder).map_err(|error| Error::io(&self.folder, &error))?;
         let mut store = TensorStore::default();
         store.insert("images", &images.shape(), images.data().to_vec());
+        if answered > 0 {
+            store.insert("answers", &[labels.len(), answered], answers.clone());
+        }
         store.save(&self.file(number))?;
         self.next += 1;
         let own = || self.entries.iter().filter(|entry| entry.model == model);
@@ -86,19 +122,18 @@ impl Memory {
             self.entries.retain(|entry| Some(entry.number) != oldest);
             self.held().retain(|(held, _)| Some(*held) != oldest);
         }
-        self.entries.push(Entry { number, model, labels: labels.to_vec() });
-        self.hold(number, Arc::new(images));
+        self.entries.push(Entry { number, model, labels: labels.to_vec(), agreed, answered });
+        self.hold(number, Arc::new(Kept { images, answers }));
         self.index();
         Ok(())
     }
 
-    fn hold(&self, number: u64, images: Arc<Images>) {
+    fn hold(&self, number: u64, kept: Arc<Kept>) {
         let mut held = self.held();
-        held.push((number, images));
-        let bytes = |images: &Images| size_of_val(images.data());
-        let mut total: usize = held.iter().map(|(_, images)| bytes(images)).sum();
+        held.push((number, kept));
+        let mut total: usize = held.iter().map(|(_, kept)| kept.bytes()).sum();
         while total > self.limit && held.len() > 1 {
-            total -= bytes(&held.remove(0).1);
+            total -= held.remove(0).1.bytes();
         }
     }
 
@@ -113,7 +148,7 @@ impl Memory {
         self.classes = classes.into_iter().map(class).collect();
     }
 
-    fn load(&self, number: u64) -> Result<Arc<Images>> {
+    fn load(&self, number: u64) -> Result<Arc<Kept>> {
         let mut held = self.held();
         if let Some(at) = held.iter().position(|(own, _)| *own == number) {
             let found = held.remove(at);
@@ -125,12 +160,17 @@ impl Memory {
         let at = || format!("images `{}`", path.display());
         let store = TensorStore::load(&path).context(at)?;
         let [h, w] = self.size;
-        let n = self.entries.iter().find(|entry| entry.number == number);
-        let shape = [n.map_or(0, |entry| entry.labels.len()), 3, h, w];
+        let entry = self.entries.iter().find(|entry| entry.number == number);
+        let (n, answered) = entry.map_or((0, 0), |entry| (entry.labels.len(), entry.answered));
+        let shape = [n, 3, h, w];
         let values = store.tensor("images", &shape).context(at)?.to_vec();
-        let images = Arc::new(Images::new(values, shape)?);
-        self.hold(number, Arc::clone(&images));
-        Ok(images)
+        let answers = match answered {
+            0 => Vec::new(),
+            classes => store.tensor("answers", &[n, classes]).context(at)?.to_vec(),
+        };
+        let kept = Arc::new(Kept { images: Images::new(values, shape)?, answers });
+        self.hold(number, Arc::clone(&kept));
+        Ok(kept)
     }
 
     /// Forgets the newest `count` visits but the very newest.
@@ -140,6 +180,11 @@ impl Memory {
         self.entries.retain(|entry| !gone.contains(&entry.number));
         self.held().retain(|(held, _)| !gone.contains(held));
         self.index();
+    }
+
+    /// Visits kept of a model.
+    pub fn visits_kept(&self) -> u64 {
+        self.visits as u64
     }
 
     /// Nothing was kept yet.
@@ -153,6 +198,12 @@ impl Memory {
         Some((at, self.classes[at].places.len()))
     }
 
+    /// Labels of the newest visit to a model.
+    pub fn newest_labels(&self, model: usize) -> Option<&[usize]> {
+        let newest = self.entries.iter().rev().find(|entry| entry.model == model)?;
+        Some(&newest.labels)
+    }
+
     /// Model and class of a class of this source.
     pub fn origin(&self, class: usize) -> (usize, usize) {
         self.classes[class].origin
@@ -164,7 +215,17 @@ impl Memory {
     /// When the disk cannot be read.
     pub fn image(&self, class: usize, index: usize) -> Result<Vec<f32>> {
         let (entry, position) = self.classes[class].places[index];
-        Ok(self.load(self.entries[entry].number)?.image(position).to_vec())
+        Ok(self.load(self.entries[entry].number)?.images.image(position).to_vec())
+    }
+
+    /// What its model answers to image `index` of a class: its logits, empty where they were not kept.
+    ///
+    /// # Errors
+    /// When the disk cannot be read.
+    pub fn answer(&self, class: usize, index: usize) -> Result<Vec<f32>> {
+        let (entry, position) = self.classes[class].places[index];
+        let Entry { number, answered, .. } = self.entries[entry];
+        Ok(self.load(number)?.answers[position * answered..(position + 1) * answered].to_vec())
     }
 
     /// The newest `each` images of every class of `model`, class after class, and their classes.
@@ -185,11 +246,35 @@ impl Memory {
         Ok((Images::new(data, [labels.len(), 3, h, w])?, labels))
     }
 
+    /// The images that their own model puts where they belong, or was not asked about: what labels can be trusted of.
+    /// A class with fewer than `least` of them, but as many images, has all.
+    pub fn agreed(&self, least: usize) -> Agreed<'_> {
+        let trusted = |class: &Class, index: usize| {
+            let (entry, position) = class.places[index];
+            self.entries[entry].agreed[position]
+        };
+        let of = |class: &Class| -> Vec<usize> {
+            let all = 0..class.places.len();
+            let kept: Vec<usize> = all.clone().filter(|&index| trusted(class, index)).collect();
+            if kept.len() < least && all.len() >= least { all.collect() } else { kept }
+        };
+        Agreed { memory: self, kept: self.classes.iter().map(of).collect() }
+    }
+
+    /// All images, likewise.
+    pub fn all(&self) -> Agreed<'_> {
+        let of = |class: &Class| (0..class.places.len()).collect();
+        Agreed { memory: self, kept: self.classes.iter().map(of).collect() }
+    }
+
     /// Writes into a checkpoint which visits are kept; their images are on disk.
     pub fn write_to(&self, store: &mut TensorStore) {
         let line = |entry: &Entry| {
-            let labels: Vec<String> = entry.labels.iter().map(usize::to_string).collect();
-            format!("{} {} {}", entry.number, entry.model, labels.join(","))
+            let sign = |agreed: bool| if agreed { "" } else { "!" };
+            let labels = entry.labels.iter().zip(&entry.agreed);
+            let labels: Vec<String> =
+                labels.map(|(label, &agreed)| format!("{}{label}", sign(agreed))).collect();
+            format!("{} {} {} {}", entry.number, entry.model, entry.answered, labels.join(","))
         };
         let lines: Vec<String> = self.entries.iter().map(line).collect();
         store.words.insert("memory.entries".into(), lines.join("\n"));
@@ -204,12 +289,15 @@ impl Memory {
         let broken = || Error::input("the checkpoint's list of recovered images is damaged");
         let entry = |line: &str| -> Option<Entry> {
             let mut words = line.split(' ');
+            let list = line.rsplit(' ').next()?;
             Some(Entry {
                 number: words.next()?.parse().ok()?,
                 model: words.next()?.parse().ok()?,
+                answered: words.next()?.parse().ok()?,
                 labels: (words.next()?.split(','))
-                    .map(|label| label.parse().ok())
+                    .map(|label| label.trim_start_matches('!').parse().ok())
                     .collect::<Option<_>>()?,
+                agreed: list.split(',').map(|label| !label.starts_with('!')).collect(),
             })
         };
         let lines = store.word("memory.entries")?.lines();
@@ -235,6 +323,47 @@ impl Memory {
     }
 }
 
+/// Some of the images of a memory, its classes numbered as there.
+#[derive(Debug, Clone)]
+pub struct Agreed<'a> {
+    memory: &'a Memory,
+    kept: Vec<Vec<usize>>,
+}
+
+impl<'a> Agreed<'a> {
+    /// The memory.
+    pub fn memory(&self) -> &'a Memory {
+        self.memory
+    }
+
+    /// Number in the memory of image `index` of a class here.
+    pub fn index(&self, class: usize, index: usize) -> usize {
+        self.kept[class][index]
+    }
+}
+
+impl ClassSource for Agreed<'_> {
+    fn n_classes(&self) -> usize {
+        self.memory.n_classes()
+    }
+
+    fn images_in(&self, class: usize) -> usize {
+        self.kept[class].len()
+    }
+
+    fn source_model(&self, class: usize) -> usize {
+        self.memory.source_model(class)
+    }
+
+    fn image_size(&self) -> [usize; 2] {
+        self.memory.image_size()
+    }
+
+    fn read(&self, class: usize, index: usize, pixels: &mut [f32]) -> Result<()> {
+        self.memory.read(class, self.index(class, index), pixels)
+    }
+}
+
 impl ClassSource for Memory {
     fn n_classes(&self) -> usize {
         self.classes.len()
@@ -254,7 +383,7 @@ impl ClassSource for Memory {
 
     fn read(&self, class: usize, index: usize, pixels: &mut [f32]) -> Result<()> {
         let (entry, position) = self.classes[class].places[index];
-        pixels.copy_from_slice(self.load(self.entries[entry].number)?.image(position));
+        pixels.copy_from_slice(self.load(self.entries[entry].number)?.images.image(position));
         Ok(())
     }
 }
@@ -282,7 +411,9 @@ mod tests {
             let path = folder.path().join(limit.to_string());
             let mut memory = Memory::new(&path, [4, 4], 2, limit);
             for (visit, model) in [3, 5, 3, 3].into_iter().enumerate() {
-                memory.push(model, &[1, 1, 4], images(visit as f32, 3)).unwrap();
+                let answers = (0..3 * 6).map(|i| (18 * visit + i) as f32).collect();
+                let answers = if model == 3 { answers } else { Vec::new() };
+                memory.push(model, &[1, 1, 4], images(visit as f32, 3), answers).unwrap();
             }
             memory
         };
@@ -291,7 +422,16 @@ mod tests {
         assert_eq!([tight.origin(0), tight.origin(3)], [(3, 1), (5, 4)]);
         for (class, index) in [(0, 0), (0, 1), (0, 3), (1, 0), (2, 1), (3, 0)] {
             assert_eq!(pixel(&tight, class, index), pixel(&wide, class, index));
+            let answers = [&tight, &wide].map(|memory| memory.answer(class, index).unwrap());
+            assert_eq!(answers[0], answers[1]);
+            assert_eq!(answers[0].len(), if class < 2 { 6 } else { 0 });
         }
+        // Class 1 of model 3 is believed of nobody (the largest answer is the last), where nobody was asked of everybody.
+        let kept = |least: usize| [0, 2].map(|class| tight.agreed(least).images_in(class));
+        assert_eq!((kept(0), kept(4), kept(5)), ([0, 2], [4, 2], [0, 2]));
+        assert_eq!(tight.all().images_in(0), 4);
+        // Visit 3, image 1.
+        assert_eq!(tight.answer(0, 3).unwrap()[0], 60.0);
         // Of model 3 the visits 2 and 3 are left.
         assert_eq!([pixel(&tight, 0, 0), pixel(&tight, 0, 3)], [2.0, 3.01]);
         let (newest, labels) = tight.newest(3, 1).unwrap();
@@ -304,6 +444,7 @@ mod tests {
         again.restore(&store).unwrap();
         assert_eq!(again.entries, tight.entries);
         assert_eq!(pixel(&again, 0, 3), 3.01);
+        assert_eq!(again.answer(0, 3).unwrap()[5], 65.0);
         assert_eq!(std::fs::read_dir(folder.path().join("1")).unwrap().count(), 3);
         store.words.insert("memory.entries".into(), "1 x".into());
         assert!(again.restore(&store).is_err());

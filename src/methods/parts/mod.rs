@@ -8,11 +8,15 @@ pub mod generator;
 pub mod losses;
 pub mod memory;
 pub mod open;
+pub mod patience;
+pub mod remembered;
 
 pub use bank::{ImageBank, ModelImages, Naming};
-pub use boundary::Student;
+pub use boundary::{Distance, Student};
 pub use dynamic::DynamicSet;
 pub use generator::Generator;
 pub use losses::CrossEntropy;
-pub use memory::Memory;
+pub use memory::{Agreed, Memory};
 pub use open::OpenTeachers;
+pub use patience::Patience;
+pub use remembered::{Remembered, RememberedOf};
