@@ -144,7 +144,8 @@ impl Default for FreeConfig {
         Self {
             warm_up: 20,
             patience: 40,
-            only_agreed: true,
+            // It brought nothing (docs/free.md).
+            only_agreed: false,
             visits_kept: 8,
             keep: KeepName::All,
             memory_mib: 1024,
