@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use walkdir::WalkDir;
 
 use super::decode::read_picture;
+use super::episode::EpisodeShape;
 use super::resize::resize_bilinear;
 use super::set::ImageSet;
 use crate::error::{Error, Result};
@@ -96,6 +97,14 @@ impl ImageFolder {
             .hint("expected FOLDER/CLASS/*.png (or .jpg), one folder a class"));
         }
         Ok(Self { root: folder, split, classes, without_pictures })
+    }
+
+    /// Refuses a folder that cannot carry episodes of `shape`, by the number of its files: a look that takes no time.
+    ///
+    /// # Errors
+    /// As [`EpisodeSampler::new`](super::EpisodeSampler::new), which also counts what cannot be read.
+    pub fn check(&self, shape: EpisodeShape) -> Result<()> {
+        shape.fits(self.classes.iter().map(|class| (class.name.as_str(), class.files.len())))
     }
 
     /// Reads every picture at `[height, width]`, in parallel. Classes stay even when all their

@@ -6,6 +6,7 @@ mod access;
 mod adapt;
 mod architectures;
 mod backbone_files;
+mod bench;
 mod black;
 mod cli;
 mod contrib;

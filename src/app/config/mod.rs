@@ -14,6 +14,7 @@ mod faithful;
 pub mod five;
 pub mod free;
 pub mod icfil;
+pub mod layer;
 pub mod training;
 pub mod types;
 
@@ -25,6 +26,7 @@ pub use free::{
     KeepName,
 };
 pub use icfil::IcfilConfig;
+pub use layer::Layer;
 pub use training::{EarlyStopConfig, MergeClasses, MetaStart};
 pub use types::{
     AugmentationConfig, ColorConfig, Edge, EvalConfig, ExportForm, InnerConfig, InnerOrder,
