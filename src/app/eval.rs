@@ -46,7 +46,7 @@ pub enum Baselines {
 /// What to evaluate on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EvalOptions {
-    /// An ImageFolder.
+    /// A data set in any layout that is read, or a list.
     pub data: PathBuf,
     /// Its split.
     pub split: Option<String>,

@@ -15,6 +15,7 @@ mod early_stop;
 mod eval;
 mod free;
 mod graph;
+mod layouts;
 mod learners;
 mod main_job;
 mod meta;

@@ -29,8 +29,11 @@ struct Quantity {
     /// Shown at the axis.
     label: String,
     /// Of a cell.
-    of: Box<dyn Fn(&Cell, &CellRecord) -> Option<f64>>,
+    of: Box<Quantify>,
 }
+
+/// What a cell has of a quantity.
+type Quantify = dyn Fn(&Cell, &CellRecord) -> Option<f64>;
 
 /// Every drawing that the sweeps among `known` give. Images for choosing are drawn only where there are none for reporting.
 ///

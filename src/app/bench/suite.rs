@@ -88,7 +88,7 @@ pub struct Scenario {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Pictures {
-    /// The folder.
+    /// A data set in any layout that is read (docs/benchmarks.md), or a list.
     pub data: PathBuf,
     /// Its split; null when it has none.
     #[serde(default)]
