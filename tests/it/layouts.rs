@@ -153,7 +153,9 @@ fn tables_of_pictures_as_in_mini_imagenet() {
                 D:\\mini\\images\\ant\\ant-1.png,ant\n/datasets/mini/images/ant/ant-0.png,ant\nant/gone.png,ant\n";
     write(&folders.path().join("mine.csv"), text);
     let mine = ImageFolder::open(&folders.path().join("mine.csv"), None).unwrap();
-    assert_eq!(files(&mine, 0), ["ant-0.png", "ant-1.png", "gone.png"]);
+    let mut kept = files(&mine, 0);
+    kept.sort();
+    assert_eq!(kept, ["ant-0.png", "ant-1.png", "gone.png"]);
     let (set, rejected) = mine.load([8, 8]).unwrap();
     assert_eq!((set.len(), rejected.len()), (2, 1));
     assert!(rejected[0].path.ends_with("gone.png"), "{rejected:?}");

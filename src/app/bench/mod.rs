@@ -145,6 +145,8 @@ pub fn plan(options: &BenchOptions) -> Result<BenchResult> {
     let grid = Grid { options, cells: &cells, states };
     let mut result = grid.result(begin)?;
     result.cells.retain(|cell| picked.contains(cell.id.as_str()));
+    let count = |status| result.cells.iter().filter(|cell| cell.status == status).count();
+    (result.finished, result.failed) = (count(Status::Finished), count(Status::Failed));
     Ok(result)
 }
 
@@ -230,7 +232,7 @@ fn expand(options: &BenchOptions) -> Result<Vec<Cell>> {
         .and_then(|()| cells::cells(&options.suite, &options.overrides))
         .context(|| format!("suite `{}`", options.name))?;
     let mut seen: Vec<&cells::Wanted> = Vec::new();
-    for cell in &cells {
+    for cell in chosen(&cells, &options.only)? {
         for wanted in &cell.wanted {
             let same = |other: &&cells::Wanted| {
                 other.data == wanted.data

@@ -205,9 +205,12 @@ pub(super) fn look(cell: &Cell, out: &Path) -> Result<Found> {
     } else {
         None
     };
-    // A failure that left no run binds nobody to its settings.
-    let known = known
-        .filter(|record| run.is_some() || record.trained.is_some() || record.config == cell.config);
+    // A failure that left no run binds nobody to its settings; and what was trained is gone with its run, unless nothing more
+    // is to be evaluated.
+    let known = known.filter(|record| {
+        let same = record.config == cell.config;
+        run.is_some() || record.is_finished(cell) || same != record.trained.is_some()
+    });
     // The run folder is what was computed; without it (a user needed the space) its results still stand.
     let made_with = run.as_ref().or(known.as_ref().map(|record| &record.config));
     let differences = match made_with {

@@ -176,10 +176,10 @@ fn others(known: Known<'_, '_>, place: Place<'_>, variant: &str) -> Vec<String> 
         if cell.scenario != place.scenario || cell.variant.name != variant {
             continue;
         }
-        let here = |wanted: &super::cells::Wanted| {
-            wanted.domain == place.domain && wanted.part == place.part
-        };
-        for made in record.evaluated.iter().filter(|made| here(&made.wanted)) {
+        // Those of the suite as it is now: a record may hold more.
+        let here =
+            cell.wanted.iter().filter(|own| own.domain == place.domain && own.part == place.part);
+        for made in here.filter_map(|wanted| record.evaluation(wanted)) {
             for name in made.answers.iter().filter_map(|answers| answers.name.as_ref()) {
                 if !names.contains(name) {
                     names.push(name.clone());
@@ -262,7 +262,8 @@ fn difference_table(suite: &Suite, known: Known<'_, '_>, place: Place<'_>) -> St
 fn left_out(known: Known<'_, '_>) -> String {
     let mut lines: Vec<String> = Vec::new();
     for (cell, record) in known {
-        for (name, why) in record.evaluated.iter().flat_map(|made| &made.left_out) {
+        let made = cell.wanted.iter().filter_map(|wanted| record.evaluation(wanted));
+        for (name, why) in made.flat_map(|made| &made.left_out) {
             let line = format!("* {} {}: {name}: {why}", cell.scenario, cell.variant.name);
             if !lines.contains(&line) {
                 lines.push(line);
