@@ -11,6 +11,7 @@ use std::path::Path;
 
 use super::context::Context;
 use super::embedder::{Embedder, ModelEmbedder};
+use super::eval::Baselines;
 use super::run_folder::{RunFolder, UsedModel};
 use super::{RunConfig, mean, settings};
 use crate::data::{ImageFolder, ImageSet, nearest_prototype};
@@ -48,6 +49,18 @@ impl Rivals {
     /// None.
     pub fn none() -> Self {
         Self::default()
+    }
+
+    /// Those of `asked`.
+    ///
+    /// # Errors
+    /// When the run is damaged or the user interrupts.
+    pub fn asked_for(run: &RunFolder, asked: Baselines, context: &Context) -> Result<Self> {
+        match asked {
+            Baselines::Skip => Ok(Self::none()),
+            Baselines::Simple => Self::untrained(run),
+            Baselines::All => Self::all(run, context),
+        }
     }
 
     /// The untrained network of `run`.
@@ -90,6 +103,12 @@ impl Rivals {
         self.models.push(("real-data", model));
         self.notes.insert("real-data".into(), note);
         Ok(())
+    }
+
+    /// Takes the one called `name` out again, if it is there.
+    pub fn remove(&mut self, name: &str) {
+        self.models.retain(|(own, _)| *own != name);
+        self.notes.remove(name);
     }
 
     /// The networks as evaluation takes them.

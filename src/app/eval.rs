@@ -28,7 +28,7 @@ mod contest;
 use contest::Contest;
 
 /// The calibrated model among those that answer.
-const ICFIL: &str = "icfil";
+pub(super) const ICFIL: &str = "icfil";
 /// The other run's model among them.
 const AGAINST: &str = "against";
 
@@ -46,7 +46,7 @@ pub enum Baselines {
 /// What to evaluate on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EvalOptions {
-    /// An ImageFolder.
+    /// A data set in any layout that is read, or a list.
     pub data: PathBuf,
     /// Its split.
     pub split: Option<String>,
@@ -266,7 +266,6 @@ pub fn evaluate_target(
         Some(path) => Some((path, other_run(path)?)),
         None => None,
     };
-    let against = other.iter().map(|(_, model)| (AGAINST, model as &dyn Embedder));
     if target.is_file() {
         if options.real_data.is_some() {
             return Err(Error::usage(
@@ -281,6 +280,7 @@ pub fn evaluate_target(
             .hint("evaluate the run folder"));
         }
         let model = OnnxEmbedder::open(target)?;
+        let against = other.iter().map(|(_, model)| (AGAINST, model as &dyn Embedder));
         let rivals: Vec<_> = against.collect();
         let mut result = evaluate(&model, &rivals, options, context)?.0;
         result.against = take_against(&mut result.baselines, other.as_ref().map(|(path, _)| *path));
@@ -288,24 +288,36 @@ pub fn evaluate_target(
     }
     let run = RunFolder::open(target)?;
     let model = ModelEmbedder::trained(&run)?;
-    let mut rivals = match options.baselines {
-        Baselines::Skip => Rivals::none(),
-        Baselines::Simple => Rivals::untrained(&run)?,
-        Baselines::All => Rivals::all(&run, context)?,
-    };
+    let mut rivals = Rivals::asked_for(&run, options.baselines, context)?;
     if let Some(folder) = &options.real_data {
         let evaluated = ImageFolder::open(&options.data, options.split.as_deref())?;
         rivals.add_real_data(&run, folder, &evaluated, context)?;
     }
+    let other = other.as_ref().map(|(path, model)| (*path, model));
+    Ok(evaluate_run((&run, &model), &rivals, other, options, context)?.0)
+}
+
+/// Evaluates a run whose model and rivals are open already, as is the other run's: several evaluations share them. The
+/// result and its episodes are kept under `eval/`.
+///
+/// # Errors
+/// As [`evaluate`].
+pub fn evaluate_run(
+    (run, model): (&RunFolder, &ModelEmbedder),
+    rivals: &Rivals,
+    other: Option<(&PathBuf, &ModelEmbedder)>,
+    options: &EvalOptions,
+    context: &Context,
+) -> Result<(EvalResult, Vec<EpisodeRow>)> {
     let calibrated = match options.calibration {
         Calibration::Skip => None,
-        Calibration::Icfil => Some(Calibrated::of(&run, options.batch_norm)?),
+        Calibration::Icfil => Some(Calibrated::of(run, options.batch_norm)?),
     };
     let mut embedders = rivals.embedders();
     embedders.extend(calibrated.iter().map(|model| (ICFIL, model as &dyn Embedder)));
-    embedders.extend(against);
-    let (mut result, rows) = evaluate(&model, &embedders, options, context)?;
-    result.against = take_against(&mut result.baselines, other.as_ref().map(|(path, _)| *path));
+    embedders.extend(other.map(|(_, model)| (AGAINST, model as &dyn Embedder)));
+    let (mut result, rows) = evaluate(model, &embedders, options, context)?;
+    result.against = take_against(&mut result.baselines, other.map(|(path, _)| path));
     result.icfil =
         result.baselines.remove(ICFIL).zip(calibrated).map(|(found, model)| IcfilResult {
             accuracy: found.accuracy,
@@ -314,18 +326,18 @@ pub fn evaluate_target(
             gain_ci95: found.gain_ci95,
             seconds: model.time().as_secs_f64(),
         });
-    for (name, note) in rivals.notes {
-        if let Some(baseline) = result.baselines.get_mut(&name) {
-            baseline.note = Some(note);
+    for (name, note) in &rivals.notes {
+        if let Some(baseline) = result.baselines.get_mut(name) {
+            baseline.note = Some(note.clone());
         }
     }
-    result.baselines_left_out = rivals.left_out;
+    result.baselines_left_out.clone_from(&rivals.left_out);
     let name = file_name(&result);
     run.write(&format!("eval/{name}.episodes.jsonl"), rows_to_jsonl(&rows)?.as_bytes())?;
     let json = serde_json::to_vec_pretty(&result)
         .map_err(|error| Error::internal(format!("cannot write the result: `{error}`")))?;
     run.write(&format!("eval/{name}.json"), &json)?;
-    Ok(result)
+    Ok((result, rows))
 }
 
 /// The model of the run that is compared with.

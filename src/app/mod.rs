@@ -6,6 +6,7 @@
 
 pub mod adapt;
 pub mod baselines;
+pub mod bench;
 pub mod config;
 pub mod context;
 pub mod doctor;

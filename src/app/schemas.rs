@@ -5,6 +5,7 @@
 use schemars::{JsonSchema, Schema, generate::SchemaSettings};
 
 use super::adapt::AdaptResult;
+use super::bench::{BenchResult, Row, Suite};
 use super::config::RunConfig;
 use super::doctor::Diagnosis;
 use super::eval::EvalResult;
@@ -25,6 +26,8 @@ use crate::zoo::catalog::Catalog;
 pub fn all() -> Vec<(&'static str, Schema)> {
     vec![
         ("adapt", schema_of_written::<AdaptResult>()),
+        ("bench", schema_of_written::<BenchResult>()),
+        ("bench-row", schema_of_written::<Row>()),
         ("catalog", schema_of_written::<Catalog>()),
         ("config", schema_of::<RunConfig>()),
         ("doctor", schema_of_written::<Diagnosis>()),
@@ -38,6 +41,7 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("run", schema_of_written::<RunRecord>()),
         ("setup", schema_of_written::<SetupResult>()),
         ("sidecar", schema_of::<Sidecar>()),
+        ("suite", schema_of::<Suite>()),
         ("train", schema_of_written::<TrainResult>()),
     ]
 }

@@ -35,6 +35,8 @@ pub(crate) enum Command {
     Train(verbs::train::TrainArgs),
     /// Few-shot accuracy of a run or an exported meta-model on real images
     Eval(verbs::eval::EvalArgs),
+    /// A grid of runs - scenarios, methods, ablations, seeds - evaluated, with tables and figures
+    Bench(verbs::bench::BenchArgs),
     /// Turn a run and your own images, a folder a class, into a ready ONNX classifier
     Adapt(verbs::adapt::AdaptArgs),
     /// Write a run's meta-model as ONNX, checked against ONNX Runtime

@@ -27,12 +27,15 @@ use crate::error::Result;
 enum Outcome {
     /// All done.
     Done,
+    /// Done but for parts that were refused or failed, each of which was told.
+    Partly,
 }
 
 impl Outcome {
     fn exit_code(self) -> u8 {
         match self {
             Self::Done => 0,
+            Self::Partly => 1,
         }
     }
 }
@@ -73,6 +76,7 @@ fn run(command: &args::Command, settings: &Settings, printer: &Printer) -> Resul
         args::Command::Invert(args) => verbs::invert::run(args, settings, printer),
         args::Command::Train(args) => verbs::train::run(args, settings, printer),
         args::Command::Eval(args) => verbs::eval::run(args, settings, printer),
+        args::Command::Bench(args) => verbs::bench::run(args, settings, printer),
         args::Command::Adapt(args) => verbs::adapt::run(args, settings, printer),
         args::Command::Export(args) => verbs::export::run(args, settings, printer),
         args::Command::Report(args) => verbs::report::run(args, printer),

@@ -22,10 +22,17 @@ pub(crate) fn resolved(
         value: seed.to_string(),
         origin: "flag `--seed`".into(),
     });
-    config
-        .with_overrides(&from_environment())?
-        .with_overrides(&from_flags(set)?)?
-        .with_overrides(seed.as_slice())
+    config.with_overrides(&all(set)?)?.with_overrides(seed.as_slice())
+}
+
+/// The environment's settings, then those of `--set` flags.
+///
+/// # Errors
+/// When a flag has no `=`.
+pub(crate) fn all(set: &[String]) -> Result<Vec<Override>> {
+    let mut overrides = from_environment();
+    overrides.extend(from_flags(set)?);
+    Ok(overrides)
 }
 
 /// The flags `--budget` and `--max-open`.

@@ -18,6 +18,45 @@ pub struct EpisodeShape {
     pub query: usize,
 }
 
+impl EpisodeShape {
+    /// Whether classes of these names and numbers of images can carry such episodes.
+    ///
+    /// # Errors
+    /// When a number is zero, when there are fewer classes than `way`, or when a class has fewer images than
+    /// `shot + query` (the class, its count and the need are named).
+    pub fn fits<'a>(self, classes: impl Iterator<Item = (&'a str, usize)>) -> Result<()> {
+        let Self { way, shot, query } = self;
+        if way < 2 || shot == 0 || query == 0 {
+            return Err(Error::usage(format!(
+                "episodes need at least 2 ways, 1 shot and 1 query, got `{way}, {shot}, {query}`"
+            )));
+        }
+        let classes: Vec<(&str, usize)> = classes.collect();
+        if classes.len() < way {
+            return Err(Error::input(format!(
+                "{way}-way episodes need {way} classes, there are `{}`",
+                classes.len()
+            ))
+            .hint("lower `--way` or add class folders"));
+        }
+        let need = shot + query;
+        let short: Vec<_> = classes.iter().filter(|(_, images)| *images < need).collect();
+        if let Some((name, images)) = short.iter().min_by_key(|(_, images)| *images) {
+            let others = match short.len() - 1 {
+                0 => String::new(),
+                n => format!(" (and {n} more are short)"),
+            };
+            return Err(Error::input(format!(
+                "class `{name}` has {images} usable images, an episode needs {need}{others}"
+            ))
+            .hint(format!(
+                "need = shot + query = {shot} + {query}: lower `--shot` or `--query`, or add images"
+            )));
+        }
+        Ok(())
+    }
+}
+
 /// One episode: indices into the [`ImageSet`] it was drawn from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Episode {
@@ -54,36 +93,8 @@ impl EpisodeSampler {
     /// When a number of `shape` is zero, when there are fewer classes than `way`, or when a class
     /// has fewer images than `shot + query` (the class, its count and the need are named).
     pub fn new(set: &ImageSet, shape: EpisodeShape, seed: u64, split: &str) -> Result<Self> {
-        let EpisodeShape { way, shot, query } = shape;
-        if way < 2 || shot == 0 || query == 0 {
-            return Err(Error::usage(format!(
-                "episodes need at least 2 ways, 1 shot and 1 query, got `{way}, {shot}, {query}`"
-            )));
-        }
         let classes = set.classes();
-        if classes.len() < way {
-            return Err(Error::input(format!(
-                "{way}-way episodes need {way} classes, there are `{}`",
-                classes.len()
-            ))
-            .hint("lower `--way` or add class folders"));
-        }
-        let need = shot + query;
-        let short: Vec<_> = classes.iter().filter(|class| class.range.len() < need).collect();
-        if let Some(worst) = short.iter().min_by_key(|class| class.range.len()) {
-            let others = match short.len() - 1 {
-                0 => String::new(),
-                n => format!(" (and {n} more are short)"),
-            };
-            return Err(Error::input(format!(
-                "class `{}` has {} usable images, an episode needs {need}{others}",
-                worst.name,
-                worst.range.len()
-            ))
-            .hint(format!(
-                "need = shot + query = {shot} + {query}: lower `--shot` or `--query`, or add images"
-            )));
-        }
+        shape.fits(classes.iter().map(|class| (class.name.as_str(), class.range.len())))?;
         Ok(Self { classes: classes.to_vec(), shape, seed, split: split.into() })
     }
 

@@ -1,4 +1,4 @@
-//! ImageFolder: `ROOT/CLASS/*.png`, or `ROOT/SPLIT/CLASS/*.png` with splits such as `meta_test`.
+//! Real pictures of a split, class by class: listed by [`DataSource`], checked, and read.
 //!
 //! Classes and files are taken in byte order of their names. What cannot be decoded is rejected
 //! with its reason; the rest is read in parallel.
@@ -9,8 +9,11 @@ use rayon::prelude::*;
 use walkdir::WalkDir;
 
 use super::decode::read_picture;
+use super::episode::EpisodeShape;
+use super::lists::extension;
 use super::resize::resize_bilinear;
 use super::set::ImageSet;
+use super::source::{ClassFiles, DataSource, Opened};
 use crate::error::{Error, Result};
 use crate::zoo::Rejection;
 
@@ -21,21 +24,12 @@ const NOT_READ: [&str; 7] = ["gif", "bmp", "webp", "tif", "tiff", "avif", "ppm"]
 /// How deep below a class folder pictures are looked for.
 const DEPTH: usize = 4;
 
-/// The files of one class.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ClassFiles {
-    /// The folder's name.
-    pub name: String,
-    /// Its pictures in byte order of their paths.
-    pub files: Vec<PathBuf>,
-}
-
-/// A folder of classes, listed but not yet read.
+/// The classes of a data set or of one of its splits, listed but not yet read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageFolder {
-    /// The folder that holds the class folders.
+    /// The folder that holds the class folders, or the list that names the pictures.
     pub root: PathBuf,
-    /// The split's folder name; empty when the folder has no splits.
+    /// The split's name, that of its folder or list; empty when there are no splits.
     pub split: String,
     /// The classes in byte order of their names.
     pub classes: Vec<ClassFiles>,
@@ -44,58 +38,31 @@ pub struct ImageFolder {
 }
 
 impl ImageFolder {
-    /// Lists `root`, or its `split`. `meta-test` and `test` also find `meta_test` and the like.
+    /// Lists `path` - a folder in any layout of [`DataSource`], or a list - or its `split`. `meta-test` and `test` also find
+    /// `meta_test` and the like.
     ///
     /// # Errors
-    /// When the folder cannot be read, holds no pictures, has splits and none (or an unknown one) is
-    /// asked for.
-    pub fn open(root: &Path, split: Option<&str>) -> Result<Self> {
-        let children = folders(root).map_err(|error| {
-            error
-                .context("cannot read the images")
-                .hint("give a folder with one folder a class: FOLDER/CLASS/*.png")
-        })?;
-        let splits: Vec<&PathBuf> = children.iter().filter(|path| holds_classes(path)).collect();
-        let found = || {
-            let names: Vec<String> =
-                splits.iter().map(|path| format!("`{}`", name(path))).collect();
-            names.join(", ")
-        };
-        let in_root = || format!("in `{}`", root.display());
-        let (folder, split) = match (split, splits.as_slice()) {
-            (None, []) => (root.to_path_buf(), String::new()),
-            (None, [only]) => ((*only).clone(), name(only)),
-            (None, _) => {
-                return Err(Error::input(format!("there are several splits: {}", found()))
-                    .context(format!("cannot choose the images {}", in_root()))
-                    .hint("choose one with `--split`"));
-            }
-            (Some(wanted), []) => {
-                let hint = "its folders are classes: leave out `--split`";
-                let error = Error::input(format!("no split {} is called `{wanted}`", in_root()));
-                return Err(if children.iter().any(|path| has_pictures(path)) {
-                    error.hint(hint)
-                } else {
-                    error.hint("expected FOLDER/SPLIT/CLASS/*.png")
-                });
-            }
-            (Some(wanted), _) => {
-                let path = pick_split(&splits, wanted).ok_or_else(|| {
-                    Error::input(format!("no split {} is called `{wanted}`", in_root()))
-                        .hint(format!("there are {}", found()))
-                })?;
-                (path.clone(), name(path))
-            }
-        };
-        let (classes, without_pictures) = list_classes(&folder)?;
+    /// When it cannot be read, holds no pictures, has splits and none (or an unknown one) is asked for, or a list names a
+    /// class that is not here.
+    pub fn open(path: &Path, split: Option<&str>) -> Result<Self> {
+        let Opened { path: root, split, classes, without_pictures } =
+            DataSource::find(path)?.open(split)?;
         if classes.is_empty() {
             return Err(Error::input(format!(
                 "no class folders with pictures in `{}`",
-                folder.display()
+                root.display()
             ))
             .hint("expected FOLDER/CLASS/*.png (or .jpg), one folder a class"));
         }
-        Ok(Self { root: folder, split, classes, without_pictures })
+        Ok(Self { root, split, classes, without_pictures })
+    }
+
+    /// Refuses a folder that cannot carry episodes of `shape`, by the number of its files: a look that takes no time.
+    ///
+    /// # Errors
+    /// As [`EpisodeSampler::new`](super::EpisodeSampler::new), which also counts what cannot be read.
+    pub fn check(&self, shape: EpisodeShape) -> Result<()> {
+        shape.fits(self.classes.iter().map(|class| (class.name.as_str(), class.files.len())))
     }
 
     /// Reads every picture at `[height, width]`, in parallel. Classes stay even when all their
@@ -147,29 +114,20 @@ fn read_planes(file: &Path, size: [usize; 2]) -> Result<Vec<u8>> {
     Ok(planes)
 }
 
-/// The split called `wanted`, else the only one that means the same (`test` = `meta_test`).
-fn pick_split<'a>(splits: &[&'a PathBuf], wanted: &str) -> Option<&'a PathBuf> {
-    if let Some(exact) = splits.iter().find(|path| name(path) == wanted) {
-        return Some(exact);
-    }
-    let meaning = |text: &str| {
-        let text = text.to_lowercase().replace('-', "_");
-        let text = text.strip_prefix("meta_").unwrap_or(&text).to_owned();
-        if text == "valid" || text == "validation" { "val".to_owned() } else { text }
-    };
-    let mut same = splits.iter().filter(|path| meaning(&name(path)) == meaning(wanted));
-    let only = same.next()?;
-    same.next().is_none().then_some(*only)
-}
-
 /// The folders in `path` that are not hidden, in byte order.
-fn folders(path: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn folders(path: &Path) -> Result<Vec<PathBuf>> {
     let entries = std::fs::read_dir(path).map_err(|error| Error::io(path, &error))?;
     let mut folders = Vec::new();
     for entry in entries {
-        let entry = entry.map_err(|error| Error::io(path, &error))?.path();
-        if entry.is_dir() && !name(&entry).starts_with('.') {
-            folders.push(entry);
+        let entry = entry.map_err(|error| Error::io(path, &error))?;
+        // What the listing itself tells spares a look at each of a hundred thousand pictures.
+        let is_folder = match entry.file_type() {
+            Ok(kind) if !kind.is_symlink() => kind.is_dir(),
+            _ => entry.path().is_dir(),
+        };
+        let path = entry.path();
+        if is_folder && !name(&path).starts_with('.') {
+            folders.push(path);
         }
     }
     folders.sort();
@@ -177,29 +135,20 @@ fn folders(path: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// A split holds class folders, which hold pictures; a class folder has pictures of its own.
-fn holds_classes(path: &Path) -> bool {
+pub(super) fn holds_classes(path: &Path) -> bool {
     !has_pictures(path) && folders(path).is_ok_and(|inner| inner.iter().any(|f| has_pictures(f)))
 }
 
-fn has_pictures(folder: &Path) -> bool {
+pub(super) fn has_pictures(folder: &Path) -> bool {
     let Ok(entries) = std::fs::read_dir(folder) else { return false };
     entries.flatten().any(|entry| is_picture(&entry.path()))
 }
 
 /// The classes of `folder`, and the names of its folders without pictures.
-fn list_classes(folder: &Path) -> Result<(Vec<ClassFiles>, Vec<String>)> {
+pub(super) fn list_classes(folder: &Path) -> Result<(Vec<ClassFiles>, Vec<String>)> {
     let (mut classes, mut without) = (Vec::new(), Vec::new());
     for path in folders(folder)? {
-        let mut files: Vec<PathBuf> = WalkDir::new(&path)
-            .min_depth(1)
-            .max_depth(DEPTH)
-            .follow_links(true)
-            .into_iter()
-            .filter_map(Result::ok)
-            .filter(|entry| entry.file_type().is_file() && is_picture(entry.path()))
-            .map(walkdir::DirEntry::into_path)
-            .collect();
-        files.sort();
+        let files = pictures_below(&path);
         if files.is_empty() {
             without.push(name(&path));
         } else {
@@ -209,16 +158,27 @@ fn list_classes(folder: &Path) -> Result<(Vec<ClassFiles>, Vec<String>)> {
     Ok((classes, without))
 }
 
+/// The pictures in a class's folder, in byte order of their paths.
+pub(super) fn pictures_below(folder: &Path) -> Vec<PathBuf> {
+    let mut files: Vec<PathBuf> = WalkDir::new(folder)
+        .min_depth(1)
+        .max_depth(DEPTH)
+        .follow_links(true)
+        .into_iter()
+        .filter_map(Result::ok)
+        .filter(|entry| entry.file_type().is_file() && is_picture(entry.path()))
+        .map(walkdir::DirEntry::into_path)
+        .collect();
+    files.sort();
+    files
+}
+
 fn is_picture(path: &Path) -> bool {
     let extension = extension(path);
     let known = READ.contains(&extension.as_str()) || NOT_READ.contains(&extension.as_str());
     known && !name(path).starts_with('.')
 }
 
-fn extension(path: &Path) -> String {
-    path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default()
-}
-
-fn name(path: &Path) -> String {
+pub(super) fn name(path: &Path) -> String {
     path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
 }

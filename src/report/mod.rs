@@ -10,5 +10,5 @@ pub mod statistics;
 
 pub use events::{Event, EventLog, read_events};
 pub use pictures::{contact_sheet, image_png};
-pub use plots::{Series, line_plot};
-pub use statistics::{Estimate, mean_with_ci, paired_difference};
+pub use plots::{Axis, MeasuredSeries, Measurement, Series, line_plot, measured_plot};
+pub use statistics::{Estimate, mean_with_ci, paired_difference, student_ci95};

@@ -19,6 +19,7 @@ fn help_lists_only_what_works() {
       invert       Images of a model's classes, recovered from it
       train        Recover images from a zoo and meta-train on them
       eval         Few-shot accuracy of a run or an exported meta-model on real images
+      bench        A grid of runs - scenarios, methods, ablations, seeds - evaluated, with tables and figures
       adapt        Turn a run and your own images, a folder a class, into a ready ONNX classifier
       export       Write a run's meta-model as ONNX, checked against ONNX Runtime
       report       Write a run's self-contained report.html

@@ -15,6 +15,7 @@ mod faithful;
 pub mod five;
 pub mod free;
 pub mod icfil;
+pub mod layer;
 pub mod training;
 pub mod types;
 
@@ -30,6 +31,7 @@ pub use free::{
     KeepName,
 };
 pub use icfil::IcfilConfig;
+pub use layer::Layer;
 pub use training::{EarlyStopConfig, MergeClasses, MetaStart};
 pub use types::{
     AccessName, AugmentationConfig, ColorConfig, Edge, EvalConfig, ExportForm, InnerConfig,

@@ -303,7 +303,7 @@ pub struct ColorConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct EvalConfig {
-    /// An ImageFolder.
+    /// A data set in any layout that is read (docs/benchmarks.md), or a list.
     pub data: PathBuf,
     /// Its split; null when it has none.
     pub split: Option<String>,

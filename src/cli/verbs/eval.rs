@@ -19,10 +19,11 @@ pub(crate) struct EvalArgs {
     /// A run folder, or an exported embedding
     #[arg(value_name = "RUN|META.onnx")]
     target: PathBuf,
-    /// Images, one folder a class (FOLDER/CLASS/*.png or FOLDER/SPLIT/CLASS/*.png)
-    #[arg(long, value_name = "DIR")]
+    /// Images: a folder a class (DIR/CLASS/*.png, DIR/SPLIT/CLASS/*.png), a benchmark as it is unpacked (CUB, Omniglot, ...),
+    /// or a list (CSV, JSON, text)
+    #[arg(long, value_name = "DIR|LIST")]
     data: PathBuf,
-    /// The split, where DIR has several
+    /// The split, where there are several: a folder or a list
     #[arg(long, value_name = "S")]
     split: Option<String>,
     /// Classes in an episode

@@ -1,6 +1,7 @@
 //! One file a verb: its arguments and the call of its use-case.
 
 pub(crate) mod adapt;
+pub(crate) mod bench;
 pub(crate) mod completions;
 pub(crate) mod doctor;
 pub(crate) mod eval;

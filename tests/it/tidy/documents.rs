@@ -93,7 +93,10 @@ fn the_settings_among_the_examples_are_accepted() {
     let mut read = 0;
     for entry in std::fs::read_dir(root().join("examples")).unwrap() {
         let path = entry.unwrap().path();
-        if path.extension().is_some_and(|extension| extension == "yaml") {
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        if name.starts_with("bench_") && name.ends_with(".yaml") {
+            metazoa::app::bench::Suite::read(&path).unwrap_or_else(|error| panic!("{error}"));
+        } else if name.ends_with(".yaml") {
             metazoa::app::config::RunConfig::read(&path).unwrap_or_else(|error| panic!("{error}"));
             read += 1;
         }
