@@ -125,7 +125,7 @@ fn tables_of_pictures_as_in_mini_imagenet() {
     }
     let rows = |range: std::ops::Range<usize>, row: &dyn Fn(&str, usize) -> String| -> String {
         let of = |name: &&str| (0..4).map(|number| row(name, number)).collect::<String>();
-        CLASSES[range].iter().map(|name| of(name)).collect()
+        CLASSES[range].iter().map(of).collect()
     };
     for (split, range) in SPLITS {
         let rows = rows(range, &|name, number| format!("{name}-{number}.png,{name}\n"));
