@@ -42,7 +42,7 @@ pub struct Queries {
     folder: PathBuf,
     /// Limits by model id.
     limits: BTreeMap<String, u64>,
-    /// What all models may be asked together, where it is not divided among them.
+    /// What all models are asked together, where their budget is not divided among them.
     pool: Option<Arc<QueryBudget>>,
 }
 
@@ -52,22 +52,19 @@ impl Queries {
         Self { folder, limits, pool: None }
     }
 
-    /// The same, where all `specs` together may be asked `total` queries, those already spent included.
+    /// The same, where all `specs` together may be asked `total` queries (`None` is no limit), those already spent
+    /// included; and the counter of them all.
     ///
     /// # Errors
     /// When a count cannot be read.
-    pub fn pooled(mut self, total: Option<u64>, specs: &[&ModelSpec]) -> Result<Self> {
-        let spent = self.spent_by(specs)?;
-        self.pool = total.map(|total| Arc::new(QueryBudget::resumed(Some(total), spent)));
-        Ok(self)
-    }
-
-    /// Queries spent on all of `specs` so far.
-    ///
-    /// # Errors
-    /// When a count cannot be read.
-    pub fn spent_by(&self, specs: &[&ModelSpec]) -> Result<u64> {
-        specs.iter().map(|spec| self.spent(spec)).sum()
+    pub fn pooled(
+        self,
+        total: Option<u64>,
+        specs: &[&ModelSpec],
+    ) -> Result<(Self, Arc<QueryBudget>)> {
+        let spent = specs.iter().map(|spec| self.spent(spec)).sum::<Result<u64>>()?;
+        let pool = Arc::new(QueryBudget::resumed(total, spent));
+        Ok((Self { pool: Some(Arc::clone(&pool)), ..self }, pool))
     }
 
     /// Queries that may be spent on the model in this run; `None` is no limit.

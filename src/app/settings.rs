@@ -161,7 +161,6 @@ pub fn bidf_config(config: &RunConfig) -> BidfConfig {
                 MixSpaceName::Features => (MixSpace::Features, mix.alpha),
             }),
         }),
-        budget: config.recover.black_box.run_budget,
     }
 }
 

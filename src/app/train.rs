@@ -380,12 +380,7 @@ impl Work<'_> {
     /// How the models of `specs` are opened, by their number there, statistics on loan included.
     fn opening<'s>(&self, found: &'s Ingest, specs: &'s [&'s ModelSpec]) -> Result<Opening<'s>> {
         let lenders = Lenders::new(specs, &found.zoo, &self.config.recover.white_box);
-        let mut teachers = self.teachers(found)?;
-        if self.config.method == Method::BidfMkd {
-            let total = self.config.recover.black_box.run_budget;
-            teachers.queries = Some(self.queries()?.pooled(total, specs)?);
-        }
-        Ok(Opening { specs, teachers, lenders })
+        Ok(Opening { specs, teachers: self.teachers(found)?, lenders })
     }
 
     fn queries(&self) -> Result<Queries> {

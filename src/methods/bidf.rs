@@ -22,10 +22,11 @@ use super::parts::{Distance, Memory, OpenTeachers, Patience, Remembered, Remembe
 use super::recover::{RecoverStop, Watch};
 use super::rounds::RoundConfig;
 use super::schedule::Choice;
+use crate::access::budget::QueryBudget;
 use crate::error::{Error, Result};
 use crate::meta::{
-    Distillation, Episode, EpisodeSampler, Iteration, Lesson, Mix, MixSpace, SoftLabels,
-    StopReason, TaskGradient, Trainer, mean_gradient,
+    Distillation, EpisodeSampler, Iteration, Lesson, Mix, MixSpace, SoftLabels, StopReason,
+    TaskGradient, Trainer, mean_gradient,
 };
 use crate::tensor::{RngStream, TensorStore};
 use visits::Asking;
@@ -93,8 +94,6 @@ pub struct BidfConfig {
     pub boundary: BoundaryConfig,
     /// Between rounds; `None` goes from round to round.
     pub replay: Option<ReplayConfig>,
-    /// Queries of the whole run; `None` is no limit.
-    pub budget: Option<u64>,
 }
 
 /// What came of a round of visits.
@@ -126,9 +125,6 @@ pub enum BidfEvent<'a> {
     Replayed(Iteration),
 }
 
-/// Queries spent in the whole run.
-pub type Spent<'a> = dyn Fn() -> Result<u64> + Sync + 'a;
-
 /// The state between steps.
 pub struct Bidf<'a> {
     config: BidfConfig,
@@ -142,18 +138,20 @@ pub struct Bidf<'a> {
     visits: BTreeMap<usize, u64>,
     rounds: u64,
     replay: Patience,
-    spent: &'a Spent<'a>,
+    /// What all models may be asked together.
+    pool: &'a QueryBudget,
 }
 
 impl<'a> Bidf<'a> {
-    /// Starts with an empty `memory`; `models` are visited, which `teachers` opens. `spent` counts over the whole run.
+    /// Starts with an empty `memory`; `models` are visited, which `teachers` opens and whose queries are taken
+    /// from `pool` too.
     pub fn new(
         config: BidfConfig,
         recovery: Recovery,
         teachers: OpenTeachers<'a>,
         memory: Memory,
         models: Vec<usize>,
-        spent: &'a Spent<'a>,
+        pool: &'a QueryBudget,
     ) -> Self {
         let replay = Patience::new(config.replay.map_or(1, |replay| replay.patience));
         Self {
@@ -166,7 +164,7 @@ impl<'a> Bidf<'a> {
             visits: BTreeMap::new(),
             rounds: 0,
             replay,
-            spent,
+            pool,
         }
     }
 
@@ -191,30 +189,27 @@ impl<'a> Bidf<'a> {
         models: &[usize],
     ) -> Result<Option<(Option<Iteration>, Option<f64>)>> {
         let remembered = Remembered(&self.memory);
-        let wanted = OuterOnly(remembered);
+        let all = self.memory.all();
+        let outer = RememberedOf(&all);
         let soft: &dyn SoftLabels = match self.config.levels {
             Levels::Both => &remembered,
-            Levels::Outer => &wanted,
+            Levels::Outer => &outer,
             Levels::Off => return Ok(None),
         };
         let lesson = Lesson { soft: Some((soft, self.config.distillation)), ..Lesson::default() };
         let start: Vec<_> = trainer.model().parameters().map(|p| p.value.clone()).collect();
         let seed = self.config.seed;
-        let this = (self, &*trainer);
+        let now: &Trainer = trainer;
         let one = |&model: &usize| -> Result<Option<(TaskGradient, Option<f64>)>> {
-            let (own, trainer) = this;
-            let Some(episode) = own.episode(trainer, model, Asking::Boundary) else {
+            let Some(episode) = self.episode(now, model, Asking::Boundary) else {
                 return Ok(None);
             };
-            let rng = RngStream::new(seed, "bidf", "distil", trainer.step());
-            let source = &own.memory;
-            let (task, plain) =
-                ((source as _, &episode), own.episode(trainer, model, Asking::Plain));
-            let gradient = trainer.task_gradient(&start, task, &lesson, &mut rng.clone())?;
+            let rng = RngStream::new(seed, "bidf", "distil", now.step());
+            let source = &self.memory;
+            let (task, plain) = ((source as _, &episode), self.episode(now, model, Asking::Plain));
+            let gradient = now.task_gradient(&start, task, &lesson, &mut rng.clone())?;
             let plain = match plain {
-                Some(plain) => {
-                    Some(trainer.task_loss((source, &plain), &lesson, &mut rng.clone())?)
-                }
+                Some(plain) => Some(now.task_loss((source, &plain), &lesson, &mut rng.clone())?),
                 None => None,
             };
             Ok(Some((gradient, plain)))
@@ -269,11 +264,8 @@ impl<'a> Bidf<'a> {
                 continue;
             };
             let c = trainer.config();
-            let (share, needed) = (c.cross_model_share, c.shot + c.query);
-            let source = match replay.only_agreed {
-                true => self.memory.agreed(needed),
-                false => self.memory.all(),
-            };
+            let (share, least) = (c.cross_model_share, c.shot + c.query);
+            let source = self.memory.episodes_from(replay.only_agreed, least);
             match EpisodeSampler::new(&source, c.way, c.shot, c.query, share) {
                 Ok(sampler) => {
                     if !self.replay.lasts() {
@@ -306,17 +298,14 @@ impl<'a> Bidf<'a> {
         config: ReplayConfig,
         observe: &mut dyn FnMut(&Self, &Trainer, BidfEvent<'_>) -> ControlFlow<()>,
     ) -> Result<Option<StopReason>> {
+        let least = trainer.config().shot + trainer.config().query;
+        let source = self.memory.episodes_from(config.only_agreed, least);
+        let remembered = RememberedOf(&source);
+        let lesson = Lesson {
+            soft: config.soft.map(|how| (&remembered as &dyn SoftLabels, how)),
+            mix: config.mix.map(|(space, alpha)| Mix { sampler, space, alpha }),
+        };
         while trainer.step() < trainer.config().steps && self.replay.lasts() {
-            let needed = trainer.config().shot + trainer.config().query;
-            let source = match config.only_agreed {
-                true => self.memory.agreed(needed),
-                false => self.memory.all(),
-            };
-            let remembered = RememberedOf(&source);
-            let lesson = Lesson {
-                soft: config.soft.map(|how| (&remembered as &dyn SoftLabels, how)),
-                mix: config.mix.map(|(space, alpha)| Mix { sampler, space, alpha }),
-            };
             let Some(iteration) = trainer.update(&source, sampler, &lesson)? else {
                 return Ok(Some(StopReason::Diverged));
             };
@@ -377,14 +366,5 @@ impl<'a> Bidf<'a> {
         self.visits = words.map(|word| pair(word).ok_or_else(broken)).collect::<Result<_>>()?;
         self.rounds = store.number("bidf.rounds")?;
         Ok(())
-    }
-}
-
-/// Soft labels of queries, not of the support.
-struct OuterOnly<'a>(Remembered<'a>);
-
-impl SoftLabels for OuterOnly<'_> {
-    fn logits(&self, episode: &Episode) -> Result<Option<Vec<f32>>> {
-        self.0.logits(episode)
     }
 }

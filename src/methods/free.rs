@@ -419,18 +419,10 @@ impl<'a> Free<'a> {
         kept >= a_turn * (self.memory.visits_kept() + 1)
     }
 
-    /// The images that episodes are drawn from.
-    fn trusted(&self, trainer: &Trainer) -> Agreed<'_> {
-        let c = trainer.config();
-        match self.config.only_agreed {
-            true => self.memory.agreed(c.shot + c.query),
-            false => self.memory.all(),
-        }
-    }
-
     fn sampler(&self, trainer: &Trainer) -> Result<EpisodeSampler> {
         let c = trainer.config();
-        EpisodeSampler::new(&self.trusted(trainer), c.way, c.shot, c.query, c.cross_model_share)
+        let source = self.memory.episodes_from(self.config.only_agreed, c.shot + c.query);
+        EpisodeSampler::new(&source, c.way, c.shot, c.query, c.cross_model_share)
     }
 
     /// Episodes from memory until patience is over; a reason where training ends.
@@ -440,10 +432,11 @@ impl<'a> Free<'a> {
         sampler: &EpisodeSampler,
         observe: &mut dyn FnMut(&Self, &Trainer, FreeEvent<'_>) -> ControlFlow<()>,
     ) -> Result<Option<StopReason>> {
+        let least = trainer.config().shot + trainer.config().query;
+        let source = self.memory.episodes_from(self.config.only_agreed, least);
+        let asked = Asked { source: &source, teachers: &self.teachers };
+        let soft = self.config.cross.map(|how| (&asked as &dyn SoftLabels, how));
         while trainer.step() < trainer.config().steps && self.replay.lasts() {
-            let source = self.trusted(trainer);
-            let asked = Asked { source: &source, teachers: &self.teachers };
-            let soft = self.config.cross.map(|how| (&asked as &dyn SoftLabels, how));
             let Some(iteration) = trainer.update(&source, sampler, &Lesson { soft, mix: None })?
             else {
                 return Ok(Some(StopReason::Diverged));

@@ -40,6 +40,17 @@ pub struct Against<'a> {
     pub weight: f64,
 }
 
+/// What came of a generator's training.
+#[derive(Debug)]
+pub struct Generated {
+    /// One image a label, of the iterate that was kept.
+    pub images: Images,
+    /// Whether the budget ended it.
+    pub stop: RecoverStop,
+    /// Loss at the last step; NaN where there was none.
+    pub loss: f64,
+}
+
 /// Which iterate of a generator is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Best {
@@ -49,8 +60,7 @@ pub enum Best {
     Surrogate,
 }
 
-/// Recovers one image per entry of `labels`, hard for a learner where there is one; also tells whether the budget ended
-/// it.
+/// Recovers one image per entry of `labels`, hard for a learner where there is one.
 ///
 /// # Errors
 /// Those of the teacher but a spent budget, which ends the loop; a budget that is spent before the first
@@ -63,7 +73,7 @@ pub fn generate(
     against: Option<Against<'_>>,
     mut rng: RngStream,
     watch: &Watch<'_>,
-) -> Result<(Images, RecoverStop)> {
+) -> Result<Generated> {
     let mut generator =
         Generator::new(labels.len(), config.latent, config.features, image_size, &mut rng)?;
     let loss = CrossEntropy::new(labels.to_vec());
@@ -71,7 +81,7 @@ pub fn generate(
     let objective = Objective { logits: &loss, statistics_weight };
     let mut best: Option<(f64, Images)> = None;
     let mut prior: Option<Images> = None;
-    let mut stop = RecoverStop::Done;
+    let (mut stop, mut loss_now) = (RecoverStop::Done, f64::NAN);
     for step in 0..config.steps {
         watch.check()?;
         let mut seen = None;
@@ -109,12 +119,14 @@ pub fn generate(
         if best.as_ref().is_none_or(|(lowest, _)| rank < *lowest) {
             best = Some((rank, images));
         }
+        loss_now = value;
         watch.tell(&RecoverIteration { step: step + 1, loss: value, statistics, prior: 0.0 });
     }
-    match best {
-        Some((_, images)) => Ok((images, stop)),
-        None => Ok((generator.images()?, stop)),
-    }
+    let images = match best {
+        Some((_, images)) => images,
+        None => generator.images()?,
+    };
+    Ok(Generated { images, stop, loss: loss_now })
 }
 
 /// `<x, gradient>` of the whole batch: the gradient is that of a mean already.

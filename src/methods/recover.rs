@@ -222,7 +222,8 @@ impl Via<'_> {
             }
             (Self::Pixels | Self::Generator, _) => {
                 let rng = RngStream::new(seed, "generate", &spec.sha, block);
-                generate(teacher, labels, size, &config.black_box, None, rng, watch)
+                let made = generate(teacher, labels, size, &config.black_box, None, rng, watch)?;
+                Ok((made.images, made.stop))
             }
             (Self::Five(generator), _) => {
                 let mut rng = RngStream::new(seed, "five", &spec.sha, block);

@@ -6,6 +6,9 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+/// The field's 0.975 quantile of the normal distribution.
+const NORMAL: f64 = 1.96;
+
 /// A mean with the half width of its 95 % confidence interval.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Estimate {
@@ -26,7 +29,7 @@ pub fn mean_with_ci(values: &[f64]) -> Estimate {
         return Estimate { accuracy: mean, ci95: 0.0 };
     }
     let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0);
-    Estimate { accuracy: mean, ci95: 1.96 * (variance / n).sqrt() }
+    Estimate { accuracy: mean, ci95: NORMAL * (variance / n).sqrt() }
 }
 
 /// The mean of `a - b` over episodes seen by both, with its own interval: narrower than the two
@@ -47,16 +50,13 @@ const STUDENT: [f64; 30] = [
 /// t s / sqrt(n) with Student's t of n - 1 degrees of freedom. `None` for fewer than two values.
 pub fn student_ci95(values: &[f64]) -> Option<f64> {
     let freedom = values.len().checked_sub(1).filter(|freedom| *freedom > 0)?;
-    let n = values.len() as f64;
-    let mean = values.iter().sum::<f64>() / n;
-    let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / freedom as f64;
     let t = STUDENT.get(freedom - 1).copied().unwrap_or_else(|| {
         // Expansion of Cornish and Fisher around the normal quantile: off by 1e-5 at 31 degrees.
         let (z, v) = (1.959_964_f64, freedom as f64);
         z + (z.powi(3) + z) / (4.0 * v)
             + (5.0 * z.powi(5) + 16.0 * z.powi(3) + 3.0 * z) / (96.0 * v * v)
     });
-    Some(t * (variance / n).sqrt())
+    Some(t / NORMAL * mean_with_ci(values).ci95)
 }
 
 #[cfg(test)]

@@ -10,7 +10,6 @@ use crate::app::settings;
 use crate::error::{Error, ErrorKind, Result};
 use crate::meta::protonet::first_largest;
 use crate::meta::{StopReason, Trainer};
-use crate::methods::bidf::Spent;
 use crate::methods::parts::{ImageBank, Memory, OpenTeachers};
 use crate::methods::{Bidf, BidfEvent, BidfRound, RecoverStop, Recovered, Watch};
 use crate::report::Event;
@@ -27,7 +26,10 @@ impl Work<'_> {
         let all: Vec<&ModelSpec> = specs.iter().collect();
         let specs = all.as_slice();
         let start = Instant::now();
-        let opening = self.opening(found, specs)?;
+        let (queries, pool) =
+            self.queries()?.pooled(self.config.recover.black_box.run_budget, specs)?;
+        let mut opening = self.opening(found, specs)?;
+        opening.teachers.queries = Some(queries);
         let open = |index: usize| opening.open(index);
         let own = &self.config.bidf;
         let memory = Memory::new(
@@ -36,15 +38,13 @@ impl Work<'_> {
             own.sets_kept,
             own.memory_mib << 20,
         );
-        let queries = self.queries()?;
-        let spent: &Spent<'_> = &|| queries.spent_by(specs);
         let mut bidf = Bidf::new(
             settings::bidf_config(self.config),
             settings::bidf_recovery(self.config)?,
             OpenTeachers::new(&open),
             memory,
             (0..specs.len()).collect(),
-            spent,
+            &pool,
         );
         let (mut trainer, checkpoint) = self.trainer()?;
         if let Some(store) = checkpoint {
@@ -64,8 +64,9 @@ impl Work<'_> {
                 BidfEvent::Round(round) => {
                     recover += begin.elapsed().as_secs_f64();
                     // What was bought is not bought again.
-                    let told =
-                        self.tell_visits(specs, round, spent).and_then(|()| save(bidf, trainer));
+                    let told = self
+                        .tell_visits(specs, round, pool.spent())
+                        .and_then(|()| save(bidf, trainer));
                     failed.extend(round.failed.drain(..));
                     watching.go_on(told)
                 }
@@ -98,7 +99,6 @@ impl Work<'_> {
             .enumerate()
             .map(|(index, spec)| {
                 let bought = self.bought(&bidf, index, spec, failed.remove(&index))?;
-                let bought = Recovered { queries: queries.spent(spec)?, ..bought };
                 bought.save(&self.bank_file(spec))?;
                 Ok(bought)
             })
@@ -136,16 +136,8 @@ impl Work<'_> {
     }
 
     /// Logs a round and says whom it lost.
-    fn tell_visits(
-        &self,
-        specs: &[&ModelSpec],
-        round: &BidfRound,
-        spent: &Spent<'_>,
-    ) -> Result<()> {
-        for (model, error) in &round.failed {
-            let text = format!("`{}` is visited no more: {error}", specs[*model].id);
-            self.context.progress.note(&text);
-        }
+    fn tell_visits(&self, specs: &[&ModelSpec], round: &BidfRound, spent: u64) -> Result<()> {
+        self.tell_lost(specs, &round.failed);
         let number = round.number + 1;
         for &model in &round.models {
             self.log.write(&Event::new(self.time(), "visit", number).model(&specs[model].id))?;
@@ -154,7 +146,7 @@ impl Work<'_> {
         let event = Event::new(self.time(), "round", number)
             .value("loss", support)
             .value("boundary", query)
-            .value("queries", spent()? as f64);
+            .value("queries", spent as f64);
         self.log.write(&event)
     }
 }

@@ -83,6 +83,14 @@ impl Work<'_> {
         Ok(generator)
     }
 
+    /// Says who is visited no more.
+    pub(super) fn tell_lost(&self, specs: &[&ModelSpec], lost: &[(usize, Error)]) {
+        for (model, error) in lost {
+            let text = format!("`{}` is visited no more: {error}", specs[*model].id);
+            self.context.progress.note(&text);
+        }
+    }
+
     /// Logs a round and says whom it lost.
     pub(super) fn tell_round(
         &self,
@@ -90,10 +98,7 @@ impl Work<'_> {
         number: u64,
         round: &Round,
     ) -> Result<()> {
-        for (model, error) in &round.failed {
-            let text = format!("`{}` is visited no more: {error}", specs[*model].id);
-            self.context.progress.note(&text);
-        }
+        self.tell_lost(specs, &round.failed);
         let [loss, statistics] = round.losses();
         let event = Event::new(self.time(), "five", number + 1)
             .value("loss", loss)

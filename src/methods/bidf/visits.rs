@@ -9,7 +9,7 @@ use crate::meta::{Episode, Lesson, Trainer};
 use crate::methods::five::distinct;
 use crate::methods::generate::{Against, generate};
 use crate::methods::parts::{Remembered, Student};
-use crate::methods::recover::{RecoverIteration, Watch};
+use crate::methods::recover::Watch;
 use crate::methods::schedule::{Choice, Known, Plan, plan};
 use crate::tensor::{Images, RngStream};
 
@@ -80,10 +80,7 @@ impl Bidf<'_> {
                 .collect::<Result<_>>()?;
             known.iter_mut().zip(gaps).for_each(|(known, gap)| known.gap = gap);
         }
-        let left = match self.config.budget {
-            Some(budget) => Some(budget.saturating_sub((self.spent)()?)),
-            None => None,
-        };
+        let left = self.pool.remaining();
         Ok((plan(known, self.config.choice, self.config.round.models, left), failed))
     }
 
@@ -146,16 +143,10 @@ impl Bidf<'_> {
             Recovery::Fresh(config) => {
                 let weight = self.config.boundary.weight;
                 let against = student.map(|student| Against { student, weight });
-                let last = std::sync::Mutex::new(f64::NAN);
-                let keep = |step: &RecoverIteration| {
-                    *last.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = step.loss;
-                };
-                let own = Watch { observe: &keep, interrupt: watch.interrupt };
                 let size = self.config.image_size;
                 let fresh = RngStream::new(rng.next_u64(), "generate", &teacher.spec().sha, 0);
-                let (images, _) = generate(teacher, labels, size, config, against, fresh, &own)?;
-                let loss = last.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-                (images, Vec::new(), loss)
+                let made = generate(teacher, labels, size, config, against, fresh, watch)?;
+                (made.images, Vec::new(), made.loss)
             }
         };
         let answers = teacher.logits(&images)?;

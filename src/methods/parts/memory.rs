@@ -267,6 +267,11 @@ impl Memory {
         Agreed { memory: self, kept: self.classes.iter().map(of).collect() }
     }
 
+    /// What episodes are drawn from: all images, or those of [`Memory::agreed`].
+    pub fn episodes_from(&self, only_agreed: bool, least: usize) -> Agreed<'_> {
+        if only_agreed { self.agreed(least) } else { self.all() }
+    }
+
     /// Writes into a checkpoint which visits are kept; their images are on disk.
     pub fn write_to(&self, store: &mut TensorStore) {
         let line = |entry: &Entry| {
