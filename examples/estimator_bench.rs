@@ -306,7 +306,7 @@ fn agreements(
                 interrupt: &AtomicBool::new(false),
             };
             let found = recover_one(&teacher, &recover, Via::Pixels, &watch)?;
-            queries += found.queries;
+            queries += teacher.queries();
             agreement += found.agreement;
             let images = &found.images;
             let (labels, classes) = (&images.labels, &images.classes);

@@ -127,7 +127,7 @@ pub fn invert(context: &Context, options: &InvertOptions) -> Result<InvertResult
         agreement: Some(recovered.agreement).filter(|share| share.is_finite()),
         loss: losses.last().copied().unwrap_or(f64::NAN),
         stop_reason: recovered.stop.name().into(),
-        queries: recovered.queries,
+        queries: teacher.queries(),
         seconds: begin.elapsed().as_secs_f64(),
     })
 }

@@ -11,8 +11,8 @@ use crate::access::zero_order::{Estimator, ZeroOrder};
 use crate::access::{BlackOptions, Surrogate};
 use crate::error::{Result, ResultExt};
 use crate::meta::{
-    self, Architecture, Augmentation, Backbone, ColourMap, Distillation, InnerLoop, KdLoss,
-    Learner, MetaModel, MixSpace, ShiftEdge, TrainConfig,
+    self, AffineMap, Architecture, Augmentation, Backbone, ColourMap, Distillation, InnerLoop,
+    KdLoss, Learner, MetaModel, MixSpace, ShiftEdge, TrainConfig,
 };
 use crate::methods::generate::Best;
 use crate::methods::invert::UNIT;
@@ -86,6 +86,7 @@ pub fn five_config(config: &RunConfig) -> FiveConfig {
         },
         meta_rate: own.meta_learning_rate,
         forgetful: own.meta_optimizer == MetaOptimizerName::Fresh,
+        redraw: own.redraw,
     }
 }
 
@@ -337,6 +338,11 @@ pub fn train_config(config: &RunConfig) -> TrainConfig {
                 Edge::Grey => ShiftEdge::Grey,
                 Edge::Nearest => ShiftEdge::Nearest,
             },
+            affine: augmentation.affine.as_ref().map(|map| AffineMap {
+                rotation: map.rotation,
+                scale: map.scale,
+                shear: map.shear,
+            }),
             colour: augmentation.color.as_ref().map(|color| ColourMap {
                 identity: color.identity,
                 matrix: color.matrix,

@@ -1,4 +1,4 @@
-//! Augmentation of episode images: random shifts and random colour maps, one draw an image.
+//! Augmentation of episode images: random shifts, affine maps and colour maps, one draw an image.
 //!
 //! Colour matters here for a reason of its own: images recovered from one model share a colour
 //! style, and a learner trained on episodes that mix models would tell the models apart instead of
@@ -6,6 +6,10 @@
 //! image takes that shortcut away; it is prior knowledge that colour does not define the classes.
 
 use crate::tensor::RngStream;
+
+mod affine;
+
+pub use affine::AffineMap;
 
 /// What comes in at the edge that a shift leaves empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +39,8 @@ pub struct Augmentation {
     pub shift: usize,
     /// What a shift brings in.
     pub edge: ShiftEdge,
+    /// Random affine map; `None` neither turns nor stretches.
+    pub affine: Option<AffineMap>,
     /// Random colour map; `None` keeps colours.
     pub colour: Option<ColourMap>,
 }
@@ -44,6 +50,8 @@ pub struct Augmentation {
 pub(super) struct Draw {
     shift: [i64; 2],
     edge: ShiftEdge,
+    /// The inverse of the affine map.
+    inverse: Option<[[f32; 2]; 2]>,
     colour: Option<([[f32; 3]; 3], [f32; 3])>,
 }
 
@@ -52,6 +60,7 @@ impl Augmentation {
     pub(super) fn draw(&self, rng: &mut RngStream) -> Draw {
         let reach = self.shift as i64;
         let shift = [rng.integer_in(-reach, reach), rng.integer_in(-reach, reach)];
+        let inverse = self.affine.map(|map| map.draw(rng));
         let colour = self.colour.map(|map| {
             let mut matrix = [[0.0; 3]; 3];
             for (i, row) in matrix.iter_mut().enumerate() {
@@ -62,7 +71,7 @@ impl Augmentation {
             }
             (matrix, std::array::from_fn(|_| map.offset * rng.normal()))
         });
-        Draw { shift, edge: self.edge, colour }
+        Draw { shift, edge: self.edge, inverse, colour }
     }
 }
 
@@ -80,6 +89,19 @@ impl Draw {
             }
         }
         to.fill(0.0);
+        if let Some(inverse) = self.inverse {
+            let size = [height, width];
+            for at in 0..plane {
+                let from = [at / width, at % width];
+                for (place, weight) in affine::taps(inverse, self.shift, self.edge, size, from) {
+                    let Some(place) = place else { continue };
+                    for channel in (0..mixed.len()).step_by(plane) {
+                        to[channel + place] += weight * mixed[channel + at];
+                    }
+                }
+            }
+            return;
+        }
         let source = |at: usize, shift: i64, length: usize| {
             let from = at as i64 - shift;
             let inside = (0..length as i64).contains(&from);
@@ -101,17 +123,9 @@ impl Draw {
     /// Writes the changed image; `input` and `output` are RGB `[3, height, width]`.
     pub(super) fn apply(&self, input: &[f32], height: usize, width: usize, output: &mut [f32]) {
         let plane = height * width;
-        for (source, target) in input.chunks_exact(plane).zip(output.chunks_exact_mut(plane)) {
-            for (row, target) in target.chunks_exact_mut(width).enumerate() {
-                let from = row as i64 - self.shift[0];
-                let inside = (0..height as i64).contains(&from);
-                if !inside && self.edge == ShiftEdge::Grey {
-                    target.fill(0.5);
-                    continue;
-                }
-                let from = from.clamp(0, height as i64 - 1) as usize;
-                self.shift_row(&source[from * width..][..width], target);
-            }
+        match self.inverse {
+            Some(inverse) => self.resample(inverse, input, [height, width], output),
+            None => self.shift_rows(input, [height, width], output),
         }
         if let (Some((matrix, offset)), 3) = (self.colour, input.len() / plane.max(1)) {
             let (red, rest) = output.split_at_mut(plane);
@@ -123,6 +137,42 @@ impl Draw {
                     m[0] * x[0] + m[1] * x[1] + m[2] * x[2] + offset[i] + 0.5
                 };
                 (*r, *g, *b) = (mix(0), mix(1), mix(2));
+            }
+        }
+    }
+
+    fn resample(
+        &self,
+        inverse: [[f32; 2]; 2],
+        input: &[f32],
+        [height, width]: [usize; 2],
+        output: &mut [f32],
+    ) {
+        let plane = height * width;
+        for at in 0..plane {
+            let target = [at / width, at % width];
+            let taps = affine::taps(inverse, self.shift, self.edge, [height, width], target);
+            for channel in (0..input.len()).step_by(plane) {
+                let value =
+                    |place: Option<usize>| place.map_or(0.5, |place| input[channel + place]);
+                output[channel + at] =
+                    taps.iter().map(|&(place, weight)| weight * value(place)).sum();
+            }
+        }
+    }
+
+    fn shift_rows(&self, input: &[f32], [height, width]: [usize; 2], output: &mut [f32]) {
+        let plane = height * width;
+        for (source, target) in input.chunks_exact(plane).zip(output.chunks_exact_mut(plane)) {
+            for (row, target) in target.chunks_exact_mut(width).enumerate() {
+                let from = row as i64 - self.shift[0];
+                let inside = (0..height as i64).contains(&from);
+                if !inside && self.edge == ShiftEdge::Grey {
+                    target.fill(0.5);
+                    continue;
+                }
+                let from = from.clamp(0, height as i64 - 1) as usize;
+                self.shift_row(&source[from * width..][..width], target);
             }
         }
     }
@@ -154,7 +204,7 @@ mod tests {
     }
 
     fn draw(shift: [i64; 2], edge: ShiftEdge) -> Draw {
-        Draw { shift, edge, colour: None }
+        Draw { shift, edge, inverse: None, colour: None }
     }
 
     #[test]
@@ -179,18 +229,20 @@ mod tests {
         }
     }
 
-    /// `<apply(x + d) - apply(x), g> = <d, pull_back(g)>` for every shift, edge and colour map.
+    /// `<apply(x + d) - apply(x), g> = <d, pull_back(g)>` for every shift, edge, affine and colour map.
     #[test]
     fn a_gradient_goes_back_the_way_the_image_came() {
         let mut rng = RngStream::new(4, "x", "", 0);
         let colour = Some(ColourMap { identity: 0.5, matrix: 0.5, offset: 0.2 });
-        for (edge, colour) in [
-            (ShiftEdge::Grey, None),
-            (ShiftEdge::Grey, colour),
-            (ShiftEdge::Nearest, None),
-            (ShiftEdge::Nearest, colour),
-        ] {
-            let augmentation = Augmentation { shift: 6, edge, colour };
+        let affine = Some(AffineMap { rotation: 60.0, scale: 1.7, shear: 0.5 });
+        let colours = [None, colour];
+        let edges = [ShiftEdge::Grey, ShiftEdge::Nearest].into_iter();
+        let all = edges.flat_map(|edge| {
+            let maps = [None, affine].into_iter();
+            maps.flat_map(move |affine| colours.map(|colour| (edge, affine, colour)))
+        });
+        for (edge, affine, colour) in all {
+            let augmentation = Augmentation { shift: 6, edge, affine, colour };
             for _ in 0..40 {
                 let draw = augmentation.draw(&mut rng);
                 let x = image();
@@ -208,12 +260,50 @@ mod tests {
         }
     }
 
+    /// A quarter turn, a doubling and a shear have images that are known.
+    #[test]
+    fn an_affine_map_turns_stretches_and_shears_about_the_centre() {
+        let x: Vec<f32> = (0..9).map(|v| v as f32 / 10.0).collect();
+        let map = |inverse, edge| {
+            let mut y = vec![f32::NAN; 9];
+            let draw = Draw { inverse: Some(inverse), ..draw([0, 0], edge) };
+            draw.apply(&x, 3, 3, &mut y);
+            y
+        };
+        let near = |a: &[f32], b: &[f32]| {
+            assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-6), "{a:?} {b:?}");
+        };
+        near(&map([[1.0, 0.0], [0.0, 1.0]], ShiftEdge::Grey), &x);
+        let turned = [0.2, 0.5, 0.8, 0.1, 0.4, 0.7, 0.0, 0.3, 0.6];
+        near(&map([[0.0, 1.0], [-1.0, 0.0]], ShiftEdge::Grey), &turned);
+        let doubled = [0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6];
+        near(&map([[0.5, 0.0], [0.0, 0.5]], ShiftEdge::Grey), &doubled);
+        let sheared = [0.5, 0.0, 0.1, 0.3, 0.4, 0.5, 0.7, 0.8, 0.5];
+        near(&map([[1.0, 0.0], [1.0, 1.0]], ShiftEdge::Grey), &sheared);
+        let sheared = [0.0, 0.0, 0.1, 0.3, 0.4, 0.5, 0.7, 0.8, 0.8];
+        near(&map([[1.0, 0.0], [1.0, 1.0]], ShiftEdge::Nearest), &sheared);
+    }
+
+    /// Every draw undoes a turn, a stretch and a shear within the limits that were asked for.
+    #[test]
+    fn draws_stay_within_their_limits() {
+        let limits = AffineMap { rotation: 20.0, scale: 1.25, shear: 0.0 };
+        let mut rng = RngStream::new(5, "x", "", 0);
+        let draws: Vec<_> = (0..500).map(|_| limits.draw(&mut rng)).collect();
+        let size = |m: &[[f32; 2]; 2]| 1.0 / (m[0][0] * m[1][1] - m[0][1] * m[1][0]).sqrt();
+        let turn = |m: &[[f32; 2]; 2]| m[0][1].atan2(m[0][0]).to_degrees();
+        assert!(draws.iter().all(|m| (0.8 - 1e-5..=1.25 + 1e-5).contains(&size(m))));
+        assert!(draws.iter().all(|m| turn(m).abs() <= 20.0 + 1e-4));
+        assert!(draws.iter().any(|m| size(m) > 1.2) && draws.iter().any(|m| size(m) < 0.85));
+        assert!(draws.iter().any(|m| turn(m) > 18.0) && draws.iter().any(|m| turn(m) < -18.0));
+    }
+
     #[test]
     fn a_colour_map_mixes_centred_channels() {
         let x = image();
         let matrix = [[0.0, 1.0, 0.0], [0.0, 0.0, -1.0], [0.5, 0.5, 0.0]];
-        let draw =
-            Draw { shift: [0, 0], edge: ShiftEdge::Grey, colour: Some((matrix, [0.1, 0.0, 0.0])) };
+        let colour = Some((matrix, [0.1, 0.0, 0.0]));
+        let draw = Draw { colour, ..draw([0, 0], ShiftEdge::Grey) };
         let mut y = vec![0.0; x.len()];
         draw.apply(&x, 4, 5, &mut y);
         for at in 0..20 {
@@ -227,7 +317,7 @@ mod tests {
     #[test]
     fn the_same_stream_gives_the_same_draw() {
         let colour = Some(ColourMap { identity: 0.5, matrix: 0.5, offset: 0.2 });
-        let augmentation = Augmentation { shift: 3, edge: ShiftEdge::Grey, colour };
+        let augmentation = Augmentation { shift: 3, edge: ShiftEdge::Grey, affine: None, colour };
         let draws = |index| {
             let mut rng = RngStream::new(1, "x", "", index);
             (0..50).map(|_| augmentation.draw(&mut rng)).collect::<Vec<_>>()

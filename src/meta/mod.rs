@@ -24,7 +24,7 @@ pub mod train;
 
 pub use adapt::{Classifier, SupportImages};
 pub use architectures::Architecture;
-pub use augment::{Augmentation, ColourMap, ShiftEdge};
+pub use augment::{AffineMap, Augmentation, ColourMap, ShiftEdge};
 pub use backbone::{Backbone, BnMode};
 pub use distill::{Distillation, KdLoss, SoftLabels, SoftSupport};
 pub use early_stop::{EarlyStop, Samplers};

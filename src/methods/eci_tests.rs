@@ -175,7 +175,7 @@ fn the_gradient_of_an_episode_tells_how_its_loss_moves_with_the_pixels() {
             learning_rate: 1e-3,
             schedule: Schedule::Constant,
             cross_model_share: 1.0,
-            augmentation: Augmentation { shift: 2, edge: ShiftEdge::Nearest, colour },
+            augmentation: Augmentation { shift: 2, edge: ShiftEdge::Nearest, affine: None, colour },
             early_stop: None,
         };
         let model = MetaModel::new(Backbone::conv4(4, 2).unwrap(), learner, [16, 16], 1).unwrap();

@@ -59,6 +59,8 @@ pub struct FiveConfig {
     pub meta_rate: f64,
     /// Whether Adam's moments are lost from round to round (a defect of the published program).
     pub forgetful: bool,
+    /// Rounds after which the meta-generator is drawn anew; `None` never (the paper).
+    pub redraw: Option<u64>,
 }
 
 /// The classes among `labels`, in order.
@@ -100,6 +102,17 @@ impl MetaGenerator {
         let weights = net.weights(&mut RngStream::new(config.seed, "five", "weights", 0))?;
         let adam = Adam::new(ADAM, weights.iter().map(Tensor::elem_count));
         Ok(Self { config, net, weights, adam, rounds: 0 })
+    }
+
+    /// A round is over.
+    fn end_round(&mut self) -> Result<()> {
+        self.rounds += 1;
+        if self.config.redraw.is_some_and(|rounds| self.rounds.is_multiple_of(rounds)) {
+            let mut rng = RngStream::new(self.config.seed, "five", "weights", self.rounds);
+            self.weights = self.net.weights(&mut rng)?;
+            self.adam = Adam::new(ADAM, self.weights.iter().map(Tensor::elem_count));
+        }
+        Ok(())
     }
 
     /// How it is made and trained.
@@ -205,13 +218,15 @@ impl MetaGenerator {
             self.adam = Adam::new(ADAM, self.weights.iter().map(Tensor::elem_count));
         }
         self.adam.step_tensors(self.config.meta_rate, &mut self.weights, &sums)?;
-        self.rounds += 1;
-        Ok(())
+        self.end_round()
     }
 
     /// A round in which nobody could be visited.
-    pub fn skip_round(&mut self) {
-        self.rounds += 1;
+    ///
+    /// # Errors
+    /// When the generator cannot be drawn anew.
+    pub fn skip_round(&mut self) -> Result<()> {
+        self.end_round()
     }
 
     /// The whole state.

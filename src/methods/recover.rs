@@ -97,8 +97,6 @@ pub struct Recovered {
     pub images: ModelImages,
     /// Share of them that the teacher itself puts into the wanted class.
     pub agreement: f64,
-    /// Queries spent on it in this run.
-    pub queries: u64,
     /// Why it ended.
     pub stop: RecoverStop,
     /// Wall-clock time; 0 for images read from an earlier run.
@@ -125,7 +123,7 @@ impl Recovered {
             RecoverStop::Done if agreement.is_nan() => RecoverStop::BudgetSpent,
             stop => stop,
         };
-        Ok(Self { agreement, queries: teacher.queries(), stop, ..judged })
+        Ok(Self { agreement, stop, ..judged })
     }
 
     /// `images` of a model, of its classes `classes`, of which it puts a share `agreement` into them.
@@ -146,17 +144,17 @@ impl Recovered {
         };
         let mut images = ModelImages::new(&spec.id, labels, classes, images);
         images.naming = naming;
-        Self { images, agreement, queries: 0, stop, seconds: 0.0 }
+        Self { images, agreement, stop, seconds: 0.0 }
     }
 
-    /// Writes the images and what is known of them to `path`, whole or not at all.
+    /// Writes the images and what is known of them to `path`, whole or not at all. The queries spent are not among it:
+    /// after a kill in the middle of a model they are more, while its images are the same.
     ///
     /// # Errors
     /// When the file cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
         let mut store = self.images.to_store();
         store.words.insert("agreement".into(), self.agreement.to_string());
-        store.words.insert("queries".into(), self.queries.to_string());
         store.words.insert("stop".into(), self.stop.name().into());
         store.save(path)
     }
@@ -171,7 +169,6 @@ impl Recovered {
         Ok(Self {
             images: ModelImages::from_store(&store).context(at)?,
             agreement: store.number("agreement").context(at)?,
-            queries: store.number("queries").context(at)?,
             stop: match store.words.get("stop").map(String::as_str) {
                 Some("budget-spent") => RecoverStop::BudgetSpent,
                 Some("not-visited") => RecoverStop::NotVisited,

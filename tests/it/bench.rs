@@ -496,7 +496,7 @@ fn the_shared_suite_is_a_grid() {
     let suite = Suite::read(&path).unwrap_or_else(|error| panic!("{error}"));
     let names = cell_names(&suite).unwrap_or_else(|error| panic!("{error}"));
     // Three scenarios and seeds of four methods and fourteen ablations; the points of sweeps.
-    assert_eq!(names.len(), 3 * 3 * 18 + 4 * (4 + 5) + 2 * 3 + 7);
+    assert_eq!(names.len(), 3 * 3 * 22 + 4 * (4 + 5) + 2 * 3 + 7);
     if shared("data/zoo_mh").is_some() {
         let ran = run_in(
             &repository(),

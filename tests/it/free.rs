@@ -47,6 +47,7 @@ fn config() -> FiveConfig {
         meta: MetaGradient::LastStep,
         meta_rate: 2e-3,
         forgetful: false,
+        redraw: None,
     }
 }
 
@@ -121,6 +122,27 @@ fn rounds_and_visits_follow_from_the_seed() {
     assert_eq!(whole, in_pool(3, &half));
     let other = in_pool(2, &|| trained(FiveConfig { seed: 4, ..config() }, None, 4));
     assert_ne!(whole, other);
+}
+
+/// A generator that is drawn anew is neither the one that learned nor the first, its optimiser starts again, and a stop
+/// in between changes nothing.
+#[test]
+fn the_generator_is_drawn_anew_when_it_is_time() {
+    let redrawn = || FiveConfig { redraw: Some(2), ..config() };
+    let images = |generator: &MetaGenerator| visit(generator, THREE[0]).images;
+    let stored = |generator: &MetaGenerator| {
+        let mut store = TensorStore::default();
+        generator.write_to(&mut store).unwrap();
+        store
+    };
+    assert_eq!(images(&trained(redrawn(), None, 1)), images(&trained(config(), None, 1)));
+    let second = trained(redrawn(), None, 2);
+    assert_ne!(images(&second), images(&trained(config(), None, 2)));
+    assert_ne!(images(&second), images(&trained(config(), None, 0)));
+    assert_eq!(stored(&second).number::<u64>("five.steps").unwrap(), 0);
+    let third = trained(redrawn(), Some(&stored(&second)), 3);
+    assert_eq!(stored(&third).number::<u64>("five.steps").unwrap(), 1);
+    assert_eq!(images(&third), images(&trained(redrawn(), None, 3)));
 }
 
 /// With one step the last is all; Reptile's way is that of the weights, Adam's first step: the rate in size.

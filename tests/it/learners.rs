@@ -196,7 +196,12 @@ fn config(episodes_per_step: usize, steps: u64) -> TrainConfig {
         learning_rate: 3e-3,
         schedule: Schedule::Constant,
         cross_model_share: 1.0,
-        augmentation: Augmentation { shift: 0, edge: ShiftEdge::Nearest, colour: None },
+        augmentation: Augmentation {
+            shift: 0,
+            edge: ShiftEdge::Nearest,
+            affine: None,
+            colour: None,
+        },
         early_stop: None,
     }
 }

@@ -76,6 +76,7 @@ pub(crate) fn config() -> TrainConfig {
         augmentation: Augmentation {
             shift: 2,
             edge: ShiftEdge::Nearest,
+            affine: None,
             colour: Some(ColourMap { identity: 0.5, matrix: 0.5, offset: 0.2 }),
         },
         early_stop: None,

@@ -37,6 +37,8 @@ pub struct FiveConfig {
     pub meta_learning_rate: f64,
     /// Its moments from round to round.
     pub meta_optimizer: MetaOptimizerName,
+    /// Rounds after which the generator is drawn anew: its images differ more, and it has learned less; null never does.
+    pub redraw: Option<u64>,
     /// Values of a latent.
     pub latent: usize,
     /// Feature maps of the generator's last layers (64 in the paper).
@@ -74,6 +76,7 @@ impl FiveConfig {
             ("steps", self.steps),
             ("latent", self.latent),
             ("features", self.features),
+            ("redraw", self.redraw.map_or(1, |rounds| rounds as usize)),
         ];
         if let Some((name, _)) = counts.iter().find(|(_, value)| *value == 0) {
             return Err(Error::input(format!("setting must not be 0: `five.{name}`")));
@@ -112,6 +115,7 @@ impl Default for FiveConfig {
             meta_gradient: MetaGradientName::LastStep,
             meta_learning_rate: 2e-3,
             meta_optimizer: MetaOptimizerName::Persistent,
+            redraw: None,
             latent: 256,
             features: 16,
         }

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use serde_yaml::Value;
 
+mod augmentation;
 mod backbone;
 pub mod bidf;
 pub mod black_box;
@@ -19,6 +20,7 @@ pub mod layer;
 pub mod training;
 pub mod types;
 
+pub use augmentation::{AffineConfig, AugmentationConfig, ColorConfig, Edge};
 pub use backbone::BackboneName;
 pub use bidf::{
     BidfConfig, BidfGeneratorName, ChoiceName, DistanceName, LevelsName, MixConfig, MixSpaceName,
@@ -34,9 +36,8 @@ pub use icfil::IcfilConfig;
 pub use layer::Layer;
 pub use training::{EarlyStopConfig, MergeClasses, MetaStart};
 pub use types::{
-    AccessName, AugmentationConfig, ColorConfig, Edge, EvalConfig, ExportForm, InnerConfig,
-    InnerOrder, LearnerName, MetaConfig, Method, RecoverBy, RecoverConfig, RunConfig, Schedule,
-    SurrogateName, WhiteBoxConfig,
+    AccessName, EvalConfig, ExportForm, InnerConfig, InnerOrder, LearnerName, MetaConfig, Method,
+    RecoverBy, RecoverConfig, RunConfig, Schedule, SurrogateName, WhiteBoxConfig,
 };
 
 use crate::error::{Error, Result, ResultExt};
@@ -174,6 +175,7 @@ impl RunConfig {
             ))
             .hint("set `meta.merge_classes: never`, or use method `inversion` or `purer`"));
         }
+        self.meta.augmentation.check()?;
         self.five.check()?;
         self.free.check()?;
         self.bidf.check()?;

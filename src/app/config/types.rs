@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::BackboneName;
+use super::augmentation::AugmentationConfig;
 use super::bidf::BidfConfig;
 use super::black_box::BlackBoxConfig;
 use super::five::FiveConfig;
@@ -264,41 +265,6 @@ pub enum Schedule {
     Cosine,
 }
 
-/// Augmentation of episode images, one draw an image.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct AugmentationConfig {
-    /// Largest shift, pixels.
-    pub shift: usize,
-    /// What a shift brings in at the edge.
-    pub edge: Edge,
-    /// Random colour map; null keeps colours, and then a learner tells models apart instead of
-    /// classes.
-    pub color: Option<ColorConfig>,
-}
-
-/// What a shift brings in at the edge.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Edge {
-    /// Mid grey.
-    Grey,
-    /// The nearest pixel of the image.
-    Nearest,
-}
-
-/// A random colour map on centred values: `(identity * I + matrix * N(0, 1)) x + offset * N(0, 1)`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct ColorConfig {
-    /// Weight of the image's own colours.
-    pub identity: f32,
-    /// Standard deviation of the nine entries.
-    pub matrix: f32,
-    /// Standard deviation of the three offsets, in units of the pixel range.
-    pub offset: f32,
-}
-
 /// Evaluation on real images.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -430,19 +396,6 @@ impl Default for InnerConfig {
     fn default() -> Self {
         // Those of BiDf-MKD and FREE (methods.md 1.5).
         Self { train_steps: 5, test_steps: 10, learning_rate: 0.01, order: InnerOrder::Second }
-    }
-}
-
-impl Default for AugmentationConfig {
-    fn default() -> Self {
-        // Chosen on the glyphs meta-val split (CHANGELOG).
-        Self { shift: 4, edge: Edge::Grey, color: Some(ColorConfig::default()) }
-    }
-}
-
-impl Default for ColorConfig {
-    fn default() -> Self {
-        Self { identity: 1.0, matrix: 0.4, offset: 0.1 }
     }
 }
 
