@@ -91,6 +91,37 @@ fn a_short_file_takes_every_other_value_from_the_defaults() {
     assert_eq!(RunConfig::read(&path).unwrap(), expected);
 }
 
+/// The settings that the documentation names are read as they stand, and evaluate on something; a suite is none.
+#[test]
+fn the_examples_are_settings() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("examples");
+    let mut read: Vec<(String, RunConfig)> = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        if name.ends_with(".yaml") && !name.starts_with("bench_") {
+            read.push((name, RunConfig::read(&path).unwrap()));
+        }
+    }
+    assert!(read.len() >= 4, "{read:?}");
+    for (name, config) in &read {
+        assert!(config.eval.is_some(), "{name}");
+        assert_ne!(config, &RunConfig::default(), "{name}");
+    }
+}
+
+#[test]
+fn affine_maps_out_of_their_range_are_refused_by_name() {
+    for (name, value) in [("scale", "0.9"), ("rotation", "-1"), ("shear", ".inf")] {
+        let key = format!("meta.augmentation.affine.{name}");
+        let error = overridden(&[(&key, value)]).unwrap_err();
+        assert!(error.to_string().contains(&key), "{error}");
+    }
+    let config = overridden(&[("meta.augmentation.affine", "{scale: 1.5}")]).unwrap();
+    let affine = config.meta.augmentation.affine.unwrap();
+    assert_eq!((affine.scale, affine.rotation), (1.5, 15.0));
+}
+
 #[test]
 fn an_unknown_key_is_refused_with_file_line_and_nearest_name() {
     let here = temp_dir();

@@ -15,43 +15,85 @@ use super::value::Float;
 
 /// Bytes kept, most.
 const MOST: usize = 1 << 29;
+/// Buffers asked for, after which those that nobody needed meanwhile may be given back: many steps.
+const WINDOW: u64 = 1 << 13;
+
+/// Free buffers of one length.
+pub struct Shelf<T> {
+    buffers: Vec<Vec<T>>,
+    /// The fewest there were since the last clearing: so many nobody needed.
+    least: usize,
+}
 
 /// Free buffers of one element type, by length.
-type Lists<T> = BTreeMap<usize, Vec<Vec<T>>>;
+pub(super) type Shelves<T> = BTreeMap<usize, Shelf<T>>;
 
 /// The free buffers.
 pub struct Free {
-    pub(super) single: Lists<f32>,
-    pub(super) double: Lists<f64>,
+    pub(super) single: Shelves<f32>,
+    pub(super) double: Shelves<f64>,
     bytes: usize,
+    most: usize,
+    /// Buffers asked for since the last clearing.
+    asked: u64,
 }
 
-static FREE: Mutex<Free> =
-    Mutex::new(Free { single: BTreeMap::new(), double: BTreeMap::new(), bytes: 0 });
+static FREE: Mutex<Free> = Mutex::new(Free::new(MOST));
 
 fn free() -> MutexGuard<'static, Free> {
-    // Lists are whole after every statement that may panic.
+    // Shelves are whole after every statement that may panic.
     FREE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<T> Shelf<T> {
+    /// Gives back what nobody needed since it was last asked; the bytes of it.
+    fn clear(&mut self) -> usize {
+        let gone: usize = self.buffers.drain(..self.least).map(|b| size_of::<T>() * b.len()).sum();
+        self.least = self.buffers.len();
+        gone
+    }
+}
+
+impl Free {
+    const fn new(most: usize) -> Self {
+        Self { single: BTreeMap::new(), double: BTreeMap::new(), bytes: 0, most, asked: 0 }
+    }
+
+    fn take<T: Float>(&mut self, len: usize) -> Option<Vec<T>> {
+        self.asked += 1;
+        let shelf = T::shelves(self).get_mut(&len)?;
+        let taken = shelf.buffers.pop();
+        shelf.least = shelf.least.min(shelf.buffers.len());
+        self.bytes -= taken.as_ref().map_or(0, |taken| size_of::<T>() * taken.len());
+        taken
+    }
+
+    /// Values come from elsewhere too, so a length may come in more often than it is asked for: without clearing, such
+    /// lengths would in time fill all there is.
+    fn keep<T: Float>(&mut self, buffer: Vec<T>) {
+        let bytes = size_of::<T>() * buffer.len();
+        if self.bytes + bytes > self.most && self.asked >= WINDOW {
+            self.asked = 0;
+            let gone: usize = self.single.values_mut().map(Shelf::clear).sum::<usize>()
+                + self.double.values_mut().map(Shelf::clear).sum::<usize>();
+            self.bytes -= gone;
+        }
+        if bytes > 0 && self.bytes + bytes <= self.most {
+            self.bytes += bytes;
+            let shelves = T::shelves(self).entry(buffer.len());
+            shelves.or_insert_with(|| Shelf { buffers: Vec::new(), least: 0 }).buffers.push(buffer);
+        }
+    }
 }
 
 /// `len` elements of unspecified content.
 pub(super) fn empty<T: Float>(len: usize) -> Vec<T> {
-    let kept = || {
-        let mut free = free();
-        let kept = T::lists(&mut free).get_mut(&len).and_then(Vec::pop)?;
-        free.bytes -= size_of::<T>() * len;
-        Some(kept)
-    };
-    kept().unwrap_or_else(|| vec![T::ZERO; len])
+    let kept = free().take(len);
+    kept.unwrap_or_else(|| vec![T::ZERO; len])
 }
 
 fn keep<T: Float>(buffer: Vec<T>) {
-    let mut free = free();
-    let bytes = size_of::<T>() * buffer.len();
-    if bytes > 0 && free.bytes + bytes <= MOST {
-        free.bytes += bytes;
-        T::lists(&mut free).entry(buffer.len()).or_default().push(buffer);
-    }
+    free().keep(buffer);
 }
 
 /// A tensor as the tape holds it.
@@ -168,6 +210,33 @@ mod tests {
         drop((leaf, tape));
         let expected: Vec<f64> = (0..1271).map(|i| f64::from(2 * i)).collect();
         assert_eq!(kept.to_vec1::<f64>().unwrap(), expected, "what was lent stays");
+    }
+
+    /// A length that comes in and is never asked for makes room for one that is; what was needed lately stays.
+    #[test]
+    fn buffers_that_nobody_asks_for_make_room() {
+        let mut free = Free::new(1000 * size_of::<f32>());
+        for _ in 0..3 {
+            free.keep(vec![0.0f32; 100]);
+        }
+        for _ in 0..20 {
+            free.keep(vec![0.0f32; 70]);
+        }
+        assert_eq!((free.bytes, free.single[&70].buffers.len()), (4 * 1000, 10));
+        free.keep(vec![0.0f64; 50]);
+        assert!(free.double.is_empty(), "no room, and it is too early to clear");
+        let window = |free: &mut Free| (0..WINDOW).for_each(|_| drop(free.take::<f32>(5)));
+        window(&mut free);
+        free.keep(vec![0.0f64; 50]);
+        assert!(free.double.is_empty(), "all of it came in since the last clearing");
+        let needed: Vec<Vec<f32>> = (0..2).filter_map(|_| free.take(100)).collect();
+        assert_eq!((needed.len(), free.bytes), (2, 4 * 800));
+        needed.into_iter().for_each(|buffer| free.keep(buffer));
+        window(&mut free);
+        free.keep(vec![0.0f64; 50]);
+        let left = [100, 70].map(|len| free.single[&len].buffers.len());
+        assert_eq!((left, free.double[&50].buffers.len()), ([2, 0], 1));
+        assert_eq!(free.bytes, 4 * 200 + 8 * 50);
     }
 
     fn empty_tensor(len: usize) -> Tensor {

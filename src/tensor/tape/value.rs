@@ -1,29 +1,28 @@
 //! Reading candle tensors as slices and making them from vectors: the door to the CPU kernels.
 
-use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::ops::Deref;
 
 use candle_core::{DType, Storage, StorageRef, Tensor, WithDType};
 
-use super::memory::{Free, Value, empty};
+use super::memory::{Free, Shelves, Value, empty};
 use crate::error::{Error, Result};
 use crate::tensor::kernels::Element;
 
 /// Element types the tape computes in.
 pub trait Float: Element + WithDType {
-    /// The free buffers of this type.
-    fn lists(free: &mut Free) -> &mut BTreeMap<usize, Vec<Vec<Self>>>;
+    /// Its free buffers.
+    fn shelves(free: &mut Free) -> &mut Shelves<Self>;
 }
 
 impl Float for f32 {
-    fn lists(free: &mut Free) -> &mut BTreeMap<usize, Vec<Vec<Self>>> {
+    fn shelves(free: &mut Free) -> &mut Shelves<Self> {
         &mut free.single
     }
 }
 
 impl Float for f64 {
-    fn lists(free: &mut Free) -> &mut BTreeMap<usize, Vec<Vec<Self>>> {
+    fn shelves(free: &mut Free) -> &mut Shelves<Self> {
         &mut free.double
     }
 }
