@@ -138,13 +138,17 @@ class Asked:
 # The learner.
 
 
+def rolled(x):
+    """A shift of two pixels at most, each way."""
+    dy, dx = np.random.randint(-2, 3, 2)
+    return torch.roll(x, (int(dy), int(dx)), (2, 3))
+
+
 def mixed_colours(x):
     """A 3x3 matrix and an offset an image, and a shift of two pixels."""
     n = len(x)
     matrix = torch.eye(3) + 0.4 * torch.randn(n, 3, 3)
-    x = torch.einsum("nij,njhw->nihw", matrix, x) + 0.1 * torch.randn(n, 3, 1, 1)
-    dy, dx = np.random.randint(-2, 3, 2)
-    return torch.roll(x, (int(dy), int(dx)), (2, 3))
+    return rolled(torch.einsum("nij,njhw->nihw", matrix, x) + 0.1 * torch.randn(n, 3, 1, 1))
 
 
 def answers(net, support, query, shares):
@@ -197,14 +201,25 @@ class Learner:
         self.cosine.step()
         self.step += 1
 
+    def distilled(self, support, query, shares, wanted):
+        """KL(`wanted` || answers) on the queries; both are logits."""
+        self.net.train()
+        logits = answers(self.net, mixed_colours(support), mixed_colours(query), shares)
+        return F.kl_div(logits.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="batchmean")
+
     def replay(self, support, query):
         """One update on wanted classes; the share that was right."""
         self.net.train()
+        loss, right = self.outer(support, query)
+        self.follow(loss)
+        return right
+
+    def outer(self, support, query):
+        """Cross-entropy of an episode's queries, and the share that is right."""
         labels = torch.arange(WAY).repeat_interleave(QUERY)
         shares = one_hot(torch.arange(WAY).repeat_interleave(SHOT), WAY)
         logits = answers(self.net, mixed_colours(support), mixed_colours(query), shares)
-        self.follow(F.cross_entropy(logits, labels))
-        return (logits.argmax(1) == labels).float().mean().item()
+        return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean().item()
 
 
 def boundary(teacher_logits, student_logits):
@@ -222,8 +237,7 @@ def total_variation(x):
 
 
 def pixel_loss(teacher, z, labels):
-    dy, dx = np.random.randint(-2, 3, 2)
-    logits = teacher(torch.roll(MIDDLE + UNIT * z, (int(dy), int(dx)), (2, 3)))
+    logits = teacher(rolled(MIDDLE + UNIT * z))
     return F.cross_entropy(logits, labels) + 0.2 * teacher.statistics() + 1e-3 * total_variation(z) + 1e-5 * z.norm()
 
 
@@ -255,9 +269,7 @@ def purer(paths, arguments):
             # Harder for the learner, end to end: ascent on its outer loss.
             for own, _, _ in banks:
                 own.grad = own.grad if own is z else None
-            shares = one_hot(torch.arange(WAY).repeat_interleave(SHOT), WAY)
-            logits = answers(learner.net, mixed_colours(support), mixed_colours(query), shares)
-            (-10 * F.cross_entropy(logits, torch.arange(WAY).repeat_interleave(QUERY))).backward()
+            (-10 * learner.outer(support, query)[0]).backward()
             for other, (own, _, optimiser) in enumerate(banks):
                 if own.grad is not None and other != model:
                     optimiser.step()
@@ -305,12 +317,11 @@ class Shared:
 def exact(teacher, labels, student=None):
     def gradient(images):
         images = images.requires_grad_()
-        dy, dx = np.random.randint(-2, 3, 2)
-        rolled = torch.roll(images, (int(dy), int(dx)), (2, 3))
-        logits = teacher(rolled)
+        shown = rolled(images)
+        logits = teacher(shown)
         loss = F.cross_entropy(logits, labels) + teacher.statistics()
         if student is not None:
-            loss = loss + boundary(logits, student(rolled)).mean()
+            loss = loss + boundary(logits, student(shown)).mean()
         return torch.autograd.grad(loss, images)[0]
     return gradient
 
@@ -368,9 +379,7 @@ def free(paths, arguments):
             first = torch.arange(len(labels)) % 8 < 4
             with torch.no_grad():
                 soft = teachers[model](images[~first])
-            learner.net.train()
-            logits = answers(learner.net, mixed_colours(images[first]), mixed_colours(images[~first]), one_hot(labels[first], teachers[model].classes))
-            loss = F.kl_div(logits.log_softmax(1), soft.log_softmax(1), log_target=True, reduction="batchmean")
+            loss = learner.distilled(images[first], images[~first], one_hot(labels[first], teachers[model].classes), soft)
             gradients = torch.autograd.grad(loss, list(learner.net.parameters()))
             with torch.no_grad():
                 for parameter, gradient in zip(learner.net.parameters(), gradients):
@@ -430,9 +439,7 @@ def bidf(paths, arguments):
         recover += time.perf_counter() - begin
         learner.adam.zero_grad()
         for model, labels, first, support, soft, query, wanted in visits:
-            learner.net.train()
-            logits = answers(learner.net, mixed_colours(support[first]), mixed_colours(query), soft[first].softmax(1))
-            loss = F.kl_div(logits.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="batchmean")
+            loss = learner.distilled(support[first], query, soft[first].softmax(1), wanted)
             (loss / len(visits)).backward()
             memory.add(model, support, labels, 64)
             memory.add(model, query, labels, 64)

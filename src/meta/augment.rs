@@ -20,6 +20,14 @@ pub enum ShiftEdge {
     Nearest,
 }
 
+impl ShiftEdge {
+    /// Which pixel of a side of `length` stands at `at`; `None` where it is grey.
+    fn place(self, at: i64, length: usize) -> Option<usize> {
+        let inside = (0..length as i64).contains(&at);
+        (inside || self == Self::Nearest).then(|| at.clamp(0, length as i64 - 1) as usize)
+    }
+}
+
 /// A random colour map: `x' = M x + b` on centred values (`x - 0.5`), with
 /// `M = identity * I + matrix * N(0, 1)` and `b = offset * N(0, 1)`; not clamped.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -102,12 +110,8 @@ impl Draw {
             }
             return;
         }
-        let source = |at: usize, shift: i64, length: usize| {
-            let from = at as i64 - shift;
-            let inside = (0..length as i64).contains(&from);
-            (inside || self.edge == ShiftEdge::Nearest)
-                .then(|| from.clamp(0, length as i64 - 1) as usize)
-        };
+        let source =
+            |at: usize, shift: i64, length: usize| self.edge.place(at as i64 - shift, length);
         for (from, to) in mixed.chunks_exact(plane).zip(to.chunks_exact_mut(plane)) {
             for (row, from) in from.chunks_exact(width).enumerate() {
                 let Some(y) = source(row, self.shift[0], height) else { continue };
@@ -165,13 +169,10 @@ impl Draw {
         let plane = height * width;
         for (source, target) in input.chunks_exact(plane).zip(output.chunks_exact_mut(plane)) {
             for (row, target) in target.chunks_exact_mut(width).enumerate() {
-                let from = row as i64 - self.shift[0];
-                let inside = (0..height as i64).contains(&from);
-                if !inside && self.edge == ShiftEdge::Grey {
+                let Some(from) = self.edge.place(row as i64 - self.shift[0], height) else {
                     target.fill(0.5);
                     continue;
-                }
-                let from = from.clamp(0, height as i64 - 1) as usize;
+                };
                 self.shift_row(&source[from * width..][..width], target);
             }
         }

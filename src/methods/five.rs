@@ -71,6 +71,10 @@ pub(super) fn distinct(labels: &[usize]) -> Vec<usize> {
     classes
 }
 
+fn fresh_adam(weights: &[Tensor]) -> Adam {
+    Adam::new(ADAM, weights.iter().map(Tensor::elem_count))
+}
+
 /// The generator that all teachers share.
 #[derive(Debug, Clone)]
 pub struct MetaGenerator {
@@ -100,17 +104,20 @@ impl MetaGenerator {
     pub fn new(config: FiveConfig) -> Result<Self> {
         let net = GeneratorNet::new(config.latent, config.features, config.image_size)?;
         let weights = net.weights(&mut RngStream::new(config.seed, "five", "weights", 0))?;
-        let adam = Adam::new(ADAM, weights.iter().map(Tensor::elem_count));
+        let adam = fresh_adam(&weights);
         Ok(Self { config, net, weights, adam, rounds: 0 })
     }
 
-    /// A round is over.
-    fn end_round(&mut self) -> Result<()> {
+    /// A round is over, whether anybody could be visited or not.
+    ///
+    /// # Errors
+    /// When the generator cannot be drawn anew.
+    pub fn end_round(&mut self) -> Result<()> {
         self.rounds += 1;
         if self.config.redraw.is_some_and(|rounds| self.rounds.is_multiple_of(rounds)) {
             let mut rng = RngStream::new(self.config.seed, "five", "weights", self.rounds);
             self.weights = self.net.weights(&mut rng)?;
-            self.adam = Adam::new(ADAM, self.weights.iter().map(Tensor::elem_count));
+            self.adam = fresh_adam(&self.weights);
         }
         Ok(())
     }
@@ -215,17 +222,9 @@ impl MetaGenerator {
                 .hint("lower `five.learning_rate` or `five.meta_learning_rate`"));
         }
         if self.config.forgetful {
-            self.adam = Adam::new(ADAM, self.weights.iter().map(Tensor::elem_count));
+            self.adam = fresh_adam(&self.weights);
         }
         self.adam.step_tensors(self.config.meta_rate, &mut self.weights, &sums)?;
-        self.end_round()
-    }
-
-    /// A round in which nobody could be visited.
-    ///
-    /// # Errors
-    /// When the generator cannot be drawn anew.
-    pub fn skip_round(&mut self) -> Result<()> {
         self.end_round()
     }
 

@@ -280,7 +280,7 @@ impl<'a> Free<'a> {
         // Without visits nothing was learned, but the next round is another one.
         self.generator = generator;
         if round.visits.is_empty() {
-            self.generator.skip_round()?;
+            self.generator.end_round()?;
         }
         if number >= self.config.warm_up {
             for visited in &round.visits {

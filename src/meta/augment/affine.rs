@@ -46,12 +46,9 @@ pub(super) fn taps(
     let from = [0, 1].map(|i| inverse[i][0] * at[0] + inverse[i][1] * at[1] + centre[i]);
     let corner = from.map(f32::floor);
     let [fy, fx] = [from[0] - corner[0], from[1] - corner[1]];
+    let [top, left] = corner.map(|at| at as i64);
     let place = |dy: i64, dx: i64| {
-        let (y, x) = (corner[0] as i64 + dy, corner[1] as i64 + dx);
-        let (h, w) = (height as i64, width as i64);
-        let inside = (0..h).contains(&y) && (0..w).contains(&x);
-        (inside || edge == ShiftEdge::Nearest)
-            .then(|| (y.clamp(0, h - 1) * w + x.clamp(0, w - 1)) as usize)
+        Some(edge.place(top + dy, height)? * width + edge.place(left + dx, width)?)
     };
     [
         (place(0, 0), (1.0 - fy) * (1.0 - fx)),

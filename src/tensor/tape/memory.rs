@@ -62,10 +62,10 @@ impl Free {
     fn take<T: Float>(&mut self, len: usize) -> Option<Vec<T>> {
         self.asked += 1;
         let shelf = T::shelves(self).get_mut(&len)?;
-        let taken = shelf.buffers.pop();
+        let taken = shelf.buffers.pop()?;
         shelf.least = shelf.least.min(shelf.buffers.len());
-        self.bytes -= taken.as_ref().map_or(0, |taken| size_of::<T>() * taken.len());
-        taken
+        self.bytes -= size_of::<T>() * len;
+        Some(taken)
     }
 
     /// Values come from elsewhere too, so a length may come in more often than it is asked for: without clearing, such
