@@ -243,6 +243,11 @@ impl RunFolder {
         self.path.join("memory")
     }
 
+    /// What distillation before meta-training needs, where there is one.
+    pub fn pretrain(&self) -> PathBuf {
+        self.path.join("pretrain")
+    }
+
     /// The meta-generator, where the run has one.
     pub fn generator(&self) -> PathBuf {
         self.path.join("generator.safetensors")

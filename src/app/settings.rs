@@ -12,7 +12,7 @@ use crate::access::{BlackOptions, Surrogate};
 use crate::error::{Result, ResultExt};
 use crate::meta::{
     self, AffineMap, Architecture, Augmentation, Backbone, ColourMap, Distillation, InnerLoop,
-    KdLoss, Learner, MetaModel, MixSpace, ShiftEdge, TrainConfig,
+    KdLoss, Learner, MetaModel, MixSpace, PretrainConfig, ShiftEdge, TrainConfig,
 };
 use crate::methods::generate::Best;
 use crate::methods::invert::UNIT;
@@ -318,7 +318,6 @@ pub fn learner(config: &RunConfig) -> Learner {
 /// How the meta-model is trained.
 pub fn train_config(config: &RunConfig) -> TrainConfig {
     let own = &config.meta;
-    let augmentation = &own.augmentation;
     TrainConfig {
         seed: config.seed,
         way: own.way,
@@ -332,27 +331,46 @@ pub fn train_config(config: &RunConfig) -> TrainConfig {
             Schedule::Cosine => meta::Schedule::Cosine,
         },
         cross_model_share: own.cross_model_share,
-        augmentation: Augmentation {
-            shift: augmentation.shift,
-            edge: match augmentation.edge {
-                Edge::Grey => ShiftEdge::Grey,
-                Edge::Nearest => ShiftEdge::Nearest,
-            },
-            affine: augmentation.affine.as_ref().map(|map| AffineMap {
-                rotation: map.rotation,
-                scale: map.scale,
-                shear: map.shear,
-            }),
-            colour: augmentation.color.as_ref().map(|color| ColourMap {
-                identity: color.identity,
-                matrix: color.matrix,
-                offset: color.offset,
-            }),
-        },
+        augmentation: augmentation(config),
         early_stop: own.early_stop.as_ref().map(|own| meta::EarlyStop {
             share: own.share,
             every: own.every,
             patience: own.patience,
         }),
+    }
+}
+
+/// What is done to images that the meta-model learns from.
+fn augmentation(config: &RunConfig) -> Augmentation {
+    let own = &config.meta.augmentation;
+    Augmentation {
+        shift: own.shift,
+        edge: match own.edge {
+            Edge::Grey => ShiftEdge::Grey,
+            Edge::Nearest => ShiftEdge::Nearest,
+        },
+        affine: own.affine.as_ref().map(|map| AffineMap {
+            rotation: map.rotation,
+            scale: map.scale,
+            shear: map.shear,
+        }),
+        colour: own.color.as_ref().map(|color| ColourMap {
+            identity: color.identity,
+            matrix: color.matrix,
+            offset: color.offset,
+        }),
+    }
+}
+
+/// How answers are distilled before meta-training.
+pub fn pretrain_config(config: &RunConfig) -> PretrainConfig {
+    let own = &config.pretrain;
+    PretrainConfig {
+        seed: config.seed,
+        steps: own.steps,
+        batch: own.batch,
+        learning_rate: own.learning_rate,
+        temperature: own.temperature,
+        augmentation: augmentation(config),
     }
 }

@@ -31,6 +31,7 @@ mod bidf;
 mod five;
 mod free;
 mod meta;
+mod pretrain;
 mod seconds;
 
 pub use meta::PseudoValidation;
@@ -168,14 +169,14 @@ pub fn train(context: &Context, options: &TrainOptions) -> Result<TrainResult> {
     };
     let log = run.event_log()?;
     let work = Work { context, options, config: &config, run: &run, log: &log, begin };
-    let result = match config.method {
+    let result = work.pretrain(&found, &specs).and_then(|()| match config.method {
         Method::Inversion => work.recover_first(&found, &specs, |bank| work.meta_train(bank)),
         Method::Purer => {
             work.recover_first(&found, &specs, |bank| work.meta_train_moving(&found, &specs, bank))
         }
         Method::Free => work.free(&found, &specs),
         Method::BidfMkd => work.bidf(&found, &specs),
-    };
+    });
     let mut record = run.record()?;
     let (bank, recover, trained, meta) = match result {
         Ok(done) => done,

@@ -18,6 +18,7 @@ pub mod icfil;
 pub mod learner;
 mod mean;
 mod onnx_file;
+pub mod pretrain;
 pub mod protonet;
 pub mod task;
 pub mod train;
@@ -32,6 +33,7 @@ pub use episodes::{ClassSource, Episode, EpisodeSampler};
 pub use feedback::PixelGradient;
 pub use icfil::{CalibrationLoss, Contrast, IcfilConfig};
 pub use learner::{InnerLoop, InnerOrder, Learner, MetaModel};
+pub use pretrain::{Answers, PretrainConfig, Pretrainer};
 pub use protonet::{Classification, classify};
 pub use task::{Partner, Task};
 pub use train::{

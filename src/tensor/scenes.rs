@@ -4,6 +4,30 @@
 
 use super::{Images, RngStream};
 
+/// An endless sequence of such images, each by its number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scenes {
+    /// Seed of every draw.
+    pub seed: u64,
+    /// `[height, width]`.
+    pub size: [usize; 2],
+}
+
+impl Scenes {
+    /// The images `numbers` of the sequence, canonical.
+    pub fn images(&self, numbers: std::ops::Range<u64>) -> Images {
+        let [h, w] = self.size;
+        let mut data = Vec::with_capacity((numbers.end - numbers.start) as usize * 3 * h * w);
+        for number in numbers.clone() {
+            let mut rng = RngStream::new(self.seed, "scene", "", number);
+            data.extend(scenes(&mut rng, 1, self.size).into_data());
+        }
+        let mut images = Images::zeros([(numbers.end - numbers.start) as usize, 3, h, w]);
+        images.data_mut().copy_from_slice(&data);
+        images
+    }
+}
+
 /// Shapes laid over one another in an image, least and most.
 const SHAPES: [i64; 2] = [4, 16];
 

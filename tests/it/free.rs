@@ -9,7 +9,7 @@ use metazoa::access::{
 use metazoa::meta::{Backbone, BnMode, InnerLoop, InnerOrder, Learner, MetaModel};
 use metazoa::methods::parts::{CrossEntropy, OpenTeachers, Student};
 use metazoa::methods::{
-    FiveConfig, MetaGenerator, MetaGradient, Opener, RoundConfig, Visit, Watch, draw,
+    FiveConfig, Learners, MetaGenerator, MetaGradient, Opener, RoundConfig, Visit, Watch, draw,
 };
 use metazoa::onnx;
 use metazoa::tensor::{Images, RngStream, TensorStore};
@@ -84,7 +84,7 @@ fn visit(generator: &MetaGenerator, name: &str) -> Visit {
     let watch = Watch { observe: &|_| {}, interrupt: &GOING };
     let labels: Vec<usize> = (0..15).map(|i| i / 3).collect();
     let mut rng = RngStream::new(9, "test", name, 0);
-    generator.visit(&teacher(name), &labels, None, &mut rng, &watch).unwrap()
+    generator.visit(&teacher(name), &labels, Learners::default(), &mut rng, &watch).unwrap()
 }
 
 fn statistics(generator: &MetaGenerator) -> f64 {
@@ -381,7 +381,13 @@ fn recovery_by_five_serves_other_methods_too() {
     let watch = Watch { observe: &|_| {}, interrupt: &interrupted };
     let stopped = MetaGenerator::new(config())
         .unwrap()
-        .visit(&teacher(THREE[0]), &[0, 1], None, &mut RngStream::new(0, "t", "", 0), &watch)
+        .visit(
+            &teacher(THREE[0]),
+            &[0, 1],
+            Learners::default(),
+            &mut RngStream::new(0, "t", "", 0),
+            &watch,
+        )
         .unwrap_err();
     assert_eq!(stopped.kind(), ErrorKind::Interrupted);
 }

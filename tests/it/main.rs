@@ -23,6 +23,7 @@ mod meta;
 mod nodes;
 mod onnx;
 mod pictures;
+mod pretrain;
 mod probe;
 mod remote;
 mod report;

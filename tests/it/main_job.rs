@@ -102,6 +102,12 @@ fn a_killed_run_with_moving_images_resumes_to_the_bytes_of_an_uninterrupted_one(
 }
 
 pub(crate) fn kill_and_resume(more: &[&str]) -> tempfile::TempDir {
+    // In the middle of meta-training.
+    kill_once_there(more, "ckpt/latest")
+}
+
+/// The same, killed once the file `sign` of the run folder is there.
+pub(crate) fn kill_once_there(more: &[&str], sign: &str) -> tempfile::TempDir {
     let dir = temp_dir();
     small_zoo(dir.path(), &CONV4);
     let mut settings = vec!["-s", "meta.steps=40", "-s", "meta.checkpoint_every=5"];
@@ -119,9 +125,8 @@ pub(crate) fn kill_and_resume(more: &[&str]) -> tempfile::TempDir {
         .stderr(std::process::Stdio::null())
         .spawn()
         .unwrap();
-    // Killed once the first checkpoint is there: in the middle of meta-training.
-    let latest = dir.path().join("killed/ckpt/latest");
-    while !latest.exists() && child.try_wait().unwrap().is_none() {
+    let sign = dir.path().join("killed").join(sign);
+    while !sign.exists() && child.try_wait().unwrap().is_none() {
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
     child.kill().unwrap();

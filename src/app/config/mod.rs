@@ -17,6 +17,7 @@ pub mod five;
 pub mod free;
 pub mod icfil;
 pub mod layer;
+pub mod pretrain;
 pub mod training;
 pub mod types;
 
@@ -34,6 +35,7 @@ pub use free::{
 };
 pub use icfil::IcfilConfig;
 pub use layer::Layer;
+pub use pretrain::PretrainConfig;
 pub use training::{EarlyStopConfig, MergeClasses, MetaStart};
 pub use types::{
     AccessName, EvalConfig, ExportForm, InnerConfig, InnerOrder, LearnerName, MetaConfig, Method,
@@ -176,6 +178,7 @@ impl RunConfig {
             .hint("set `meta.merge_classes: never`, or use method `inversion` or `purer`"));
         }
         self.meta.augmentation.check()?;
+        self.pretrain.check()?;
         self.five.check()?;
         self.free.check()?;
         self.bidf.check()?;

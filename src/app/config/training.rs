@@ -24,6 +24,9 @@ pub enum MetaStart {
     Random,
     /// The mean of the weights of all white-box models, which must be of one architecture, the backbone's (PURER sec. 3.2).
     MeanOfTeachers,
+    /// What distillation makes of the models' answers to drawn scenes (`pretrain`): of any architectures, one query a scene
+    /// of models that are asked.
+    Distilled,
 }
 
 /// Early stop on pseudo-validation: recovered classes that are never trained on.

@@ -12,6 +12,7 @@ use super::black_box::BlackBoxConfig;
 use super::five::FiveConfig;
 use super::free::FreeConfig;
 use super::icfil::IcfilConfig;
+use super::pretrain::PretrainConfig;
 use super::training::{EarlyStopConfig, MergeClasses, MetaStart};
 
 /// Everything that decides what a run does.
@@ -36,6 +37,8 @@ pub struct RunConfig {
     pub access: AccessName,
     /// The generator that all models share, of methods `free` and `bidf-mkd` and where `recover.by` is `five`.
     pub five: FiveConfig,
+    /// Distillation before meta-training, where `meta.start` is `distilled`.
+    pub pretrain: PretrainConfig,
     /// Meta-training on the recovered images.
     pub meta: MetaConfig,
     /// How images and meta-model take turns, of method `free`.
@@ -315,6 +318,7 @@ impl Default for RunConfig {
             access: AccessName::Auto,
             recover: RecoverConfig::default(),
             five: FiveConfig::default(),
+            pretrain: PretrainConfig::default(),
             meta: MetaConfig::default(),
             free: FreeConfig::default(),
             bidf: BidfConfig::default(),

@@ -1,0 +1,83 @@
+//! A meta-model that starts from what all models answer to drawn scenes, as a user runs it.
+
+use serde_json::Value as Json;
+
+use crate::free::events;
+use crate::main_job::{CONV4, kill_once_there, small_zoo, train};
+use crate::support::temp_dir;
+
+const SHORT: [&str; 8] = [
+    "-s",
+    "meta.start=distilled",
+    "-s",
+    "pretrain.images=1300",
+    "-s",
+    "pretrain.steps=30",
+    "-s",
+    "pretrain.batch=16",
+];
+
+/// Killed while it distils, and while it asks: the same bytes, and nobody is asked about a scene twice.
+#[test]
+fn a_killed_distillation_resumes_to_the_bytes_of_an_uninterrupted_one() {
+    let settings = [&SHORT[..], &["--method=inversion", "-s", "access=black-box"]].concat();
+    for sign in ["pretrain/state.safetensors", "pretrain/answers.safetensors"] {
+        let dir = kill_once_there(&settings, sign);
+        let run = dir.path().join("whole");
+        let losses: Vec<f64> =
+            events(&run, "pretrain").iter().map(|e| e["loss"].as_f64().unwrap()).collect();
+        assert_eq!(losses.len(), 3);
+        assert!(losses[2] < losses[0], "{losses:?}");
+    }
+}
+
+/// Scenes take their share of a budget, the rest is the method's, and none of it is overspent.
+#[test]
+fn scenes_share_the_budget() {
+    let dir = temp_dir();
+    small_zoo(dir.path(), &CONV4);
+    for (name, method, own) in [
+        ("visits", "--method=bidf-mkd", ["-s", "recover.black_box.run_budget=2000"]),
+        ("inverted", "--method=inversion", ["-s", "recover.black_box.query_budget=1000"]),
+    ] {
+        let more = [
+            method,
+            "--no-progress",
+            "-s",
+            "access=black-box",
+            "-s",
+            "five.images_per_class=4",
+            "-s",
+            "five.features=4",
+            "-s",
+            "five.steps=1",
+            "-s",
+            "recover.black_box.directions=2",
+            "-s",
+            "meta.steps=4",
+            "-s",
+            "pretrain.query_share=0.4",
+        ];
+        let ran = train(dir.path(), name, &[&SHORT[..], &more, &own].concat());
+        assert_eq!(ran.code, 0, "{name}: {}", ran.stderr);
+        let result: Json = serde_json::from_str(&ran.stdout).unwrap();
+        let store = metazoa::tensor::TensorStore::load(
+            &dir.path().join(name).join("pretrain/answers.safetensors"),
+        )
+        .unwrap();
+        // Two models: 400 scenes each of 1,000 queries each.
+        assert!(store.tensors.values().all(|answers| answers.shape == [400, 5]), "{name}");
+        let queries = result["queries"].as_u64().unwrap();
+        assert!(queries > 800 && queries <= 2000, "{name}: {queries}");
+        assert_eq!(result["models_used"], 2, "{name}");
+    }
+    let more = ["--method=bidf-mkd", "-s", "access=black-box", "--budget", "3"];
+    let poor = train(dir.path(), "poor", &[&SHORT[..], &more].concat());
+    assert!(poor.code != 0 && poor.stderr.contains("covers no scene"), "{}", poor.stderr);
+    for wrong in ["pretrain.query_share=0", "pretrain.temperature=-1", "pretrain.batch=0"] {
+        let ran = train(dir.path(), "wrong", &["-s", wrong]);
+        let key = wrong.split('=').next().unwrap();
+        assert!(ran.code != 0 && ran.stderr.contains(key), "{wrong}: {}", ran.stderr);
+        assert!(!dir.path().join("wrong").exists());
+    }
+}
