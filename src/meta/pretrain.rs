@@ -1,8 +1,8 @@
 //! Multi-teacher distillation before meta-training: one network, with a linear head for each teacher, learns to answer as
 //! all of them do on images that they were asked about once.
 //!
-//! The images need not be of anybody's classes: what a classifier says of a drawn scene tells how it sees, and a network
-//! that agrees with many of them on many scenes has features that serve all their classes (distillation of what can only
+//! The images need not be of anybody's classes: what a classifier says of a drawing tells how it sees, and a network
+//! that agrees with many of them on many drawings has features that serve all their classes (distillation of what can only
 //! be asked: Orekondy et al. 2019, "Knockoff Nets"; from images that show nothing: Asano and Saeed 2023, "Extrapolating
 //! from a single image to a thousand classes using distillation"; drawn ones: Baradad et al. 2021, "Learning to see by
 //! looking at noise").
@@ -16,7 +16,7 @@ use super::learner::linear;
 use crate::error::{Error, Result};
 use crate::tensor::lists::all_finite;
 use crate::tensor::losses::softmax;
-use crate::tensor::scenes::Scenes;
+use crate::tensor::scenes::Drawings;
 use crate::tensor::tape::{Order, Tape, Var, vjp};
 use crate::tensor::{Adam, AdamOptions, Images, RngStream, TensorStore};
 
@@ -109,12 +109,12 @@ impl Pretrainer {
         &self.backbone
     }
 
-    /// One step on images of `scenes` that somebody answered: the mean over the teachers of `KL(teacher || own)` at the
+    /// One step on images of `drawings` that somebody answered: the mean over the teachers of `KL(teacher || own)` at the
     /// temperature, times its square. `None` when it is not finite, and then nothing has changed.
     ///
     /// # Errors
     /// When `answers` are not of the classes that it was made for, or there are none.
-    pub fn update(&mut self, scenes: &Scenes, answers: &[Answers]) -> Result<Option<f64>> {
+    pub fn update(&mut self, drawings: &Drawings, answers: &[Answers]) -> Result<Option<f64>> {
         let most = answers.iter().map(Answers::len).max().unwrap_or_default();
         let classes: usize = answers.iter().map(|a| a.classes).sum();
         if most == 0 || classes != self.heads[0].value.dims()[0] {
@@ -124,7 +124,7 @@ impl Pretrainer {
         let mut rng = RngStream::new(config.seed, "pretrain", "batch", self.step);
         let chosen: Vec<usize> = (0..config.batch).map(|_| rng.below(most)).collect();
         let draws: Vec<Draw> = chosen.iter().map(|_| config.augmentation.draw(&mut rng)).collect();
-        let images = seen(scenes, &chosen, &draws);
+        let images = seen(drawings, &chosen, &draws);
         let shape = images.shape();
         let tape = Tape::new();
         let parameters = self.backbone.leaves(&tape);
@@ -212,12 +212,12 @@ impl Pretrainer {
 }
 
 /// The images `chosen`, changed as drawn.
-fn seen(scenes: &Scenes, chosen: &[usize], draws: &[Draw]) -> Images {
-    let [height, width] = scenes.size;
+fn seen(drawings: &Drawings, chosen: &[usize], draws: &[Draw]) -> Images {
+    let [height, width] = drawings.size;
     let mut images = Images::zeros([chosen.len(), 3, height, width]);
     let each = images.data_mut().par_chunks_mut((3 * height * width).max(1));
     each.zip(chosen).zip(draws).for_each(|((target, &number), draw)| {
-        let own = scenes.images(number as u64..number as u64 + 1);
+        let own = drawings.images(number as u64..number as u64 + 1);
         draw.apply(own.data(), height, width, target);
     });
     images
@@ -334,11 +334,11 @@ mod tests {
     /// It learns what it is told, and a state that was saved goes on to the same numbers.
     #[test]
     fn it_learns_and_goes_on() {
-        let scenes = Scenes { seed: 1, size: [16, 16] };
+        let drawings = Drawings { seed: 1, size: [16, 16] };
         // A teacher that sees brightness and colour.
         let logits = (0..64)
             .flat_map(|i| {
-                let image = scenes.images(i..i + 1);
+                let image = drawings.images(i..i + 1);
                 let mean = |c: usize| image.data()[c * 256..][..256].iter().sum::<f32>() / 256.0;
                 [8.0 * (mean(0) - 0.5), 8.0 * (mean(2) - 0.5)]
             })
@@ -348,21 +348,21 @@ mod tests {
             || Pretrainer::new(config(), Backbone::conv4(8, 1).unwrap(), [16, 16], 2).unwrap();
         let mut whole = fresh();
         let losses: Vec<f64> =
-            (0..40).map(|_| whole.update(&scenes, &answers).unwrap().unwrap()).collect();
+            (0..40).map(|_| whole.update(&drawings, &answers).unwrap().unwrap()).collect();
         let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
         assert!(mean(&losses[30..]) < 0.5 * mean(&losses[..5]), "{losses:?}");
         let mut part = fresh();
         for _ in 0..7 {
-            part.update(&scenes, &answers).unwrap();
+            part.update(&drawings, &answers).unwrap();
         }
         let store = part.to_store().unwrap();
         let mut part = Pretrainer::from_store(config(), [16, 16], 2, &store).unwrap();
         for _ in 7..40 {
-            part.update(&scenes, &answers).unwrap();
+            part.update(&drawings, &answers).unwrap();
         }
         assert_eq!(part.to_store().unwrap(), whole.to_store().unwrap());
         let other = PretrainConfig { batch: 8, ..config() };
         assert!(Pretrainer::from_store(other, [16, 16], 2, &store).is_err());
-        assert!(fresh().update(&scenes, &[]).is_err());
+        assert!(fresh().update(&drawings, &[]).is_err());
     }
 }

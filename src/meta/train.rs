@@ -5,6 +5,7 @@
 
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
@@ -12,6 +13,7 @@ use rayon::prelude::*;
 
 use super::augment::{Augmentation, Draw};
 use super::backbone::{Backbone, BnMode};
+use super::drawn::Beside;
 use super::early_stop::{Checks, EarlyStop, Samplers};
 use super::episodes::{ClassSource, Episode};
 use super::learner::{Answer, InnerOrder, Learner, MetaModel};
@@ -136,6 +138,8 @@ pub struct Trainer {
     adam: Adam,
     step: u64,
     checks: Checks,
+    /// Episodes of another source.
+    pub(super) beside: Option<Arc<Beside>>,
 }
 
 /// The images of a training.
@@ -155,7 +159,7 @@ impl Trainer {
         let model = model.into();
         let lengths: Vec<usize> = model.parameters().map(|p| p.value.elem_count()).collect();
         let adam = Adam::new(AdamOptions::STANDARD, lengths);
-        Self { config, model, adam, step: 0, checks: Checks::default() }
+        Self { config, model, adam, step: 0, checks: Checks::default(), beside: None }
     }
 
     /// What it trains with.
@@ -331,7 +335,7 @@ impl Trainer {
             moments("second")?,
         )?;
         let checks = Checks::read_from(store)?;
-        Ok(Self { config, adam, step: store.number("step")?, model, checks })
+        Ok(Self { config, adam, step: store.number("step")?, model, checks, beside: None })
     }
 
     /// Writes the state to a safetensors file, which appears whole or not at all.

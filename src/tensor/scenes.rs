@@ -1,32 +1,12 @@
-//! Procedural images: coloured discs, bars and strokes over one another ("dead leaves"). They have
+//! Procedural images. [`scenes`]: coloured discs, bars and strokes over one another ("dead leaves"). They have
 //! the edges, flat areas and colour correlations of photographs and drawings, and cost nothing; layers of a
-//! network see ordinary activations on them.
+//! network see ordinary activations on them. [`Drawings`]: strokes, outlines and figures too, one by one.
 
 use super::{Images, RngStream};
 
-/// An endless sequence of such images, each by its number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Scenes {
-    /// Seed of every draw.
-    pub seed: u64,
-    /// `[height, width]`.
-    pub size: [usize; 2],
-}
+mod drawings;
 
-impl Scenes {
-    /// The images `numbers` of the sequence, canonical.
-    pub fn images(&self, numbers: std::ops::Range<u64>) -> Images {
-        let [h, w] = self.size;
-        let mut data = Vec::with_capacity((numbers.end - numbers.start) as usize * 3 * h * w);
-        for number in numbers.clone() {
-            let mut rng = RngStream::new(self.seed, "scene", "", number);
-            data.extend(scenes(&mut rng, 1, self.size).into_data());
-        }
-        let mut images = Images::zeros([(numbers.end - numbers.start) as usize, 3, h, w]);
-        images.data_mut().copy_from_slice(&data);
-        images
-    }
-}
+pub use drawings::Drawings;
 
 /// Shapes laid over one another in an image, least and most.
 const SHAPES: [i64; 2] = [4, 16];

@@ -1,4 +1,4 @@
-//! A meta-model that starts from what all models answer to drawn scenes, as a user runs it.
+//! A meta-model that starts from what all models answer to drawings, as a user runs it.
 
 use serde_json::Value as Json;
 
@@ -17,7 +17,7 @@ const SHORT: [&str; 8] = [
     "pretrain.batch=16",
 ];
 
-/// Killed while it distils, and while it asks: the same bytes, and nobody is asked about a scene twice.
+/// Killed while it distils, and while it asks: the same bytes, and nobody is asked about a drawing twice.
 #[test]
 fn a_killed_distillation_resumes_to_the_bytes_of_an_uninterrupted_one() {
     let settings = [&SHORT[..], &["--method=inversion", "-s", "access=black-box"]].concat();
@@ -31,9 +31,9 @@ fn a_killed_distillation_resumes_to_the_bytes_of_an_uninterrupted_one() {
     }
 }
 
-/// Scenes take their share of a budget, the rest is the method's, and none of it is overspent.
+/// Drawings take their share of a budget, the rest is the method's, and none of it is overspent.
 #[test]
-fn scenes_share_the_budget() {
+fn drawings_share_the_budget() {
     let dir = temp_dir();
     small_zoo(dir.path(), &CONV4);
     for (name, method, own) in [
@@ -65,7 +65,7 @@ fn scenes_share_the_budget() {
             &dir.path().join(name).join("pretrain/answers.safetensors"),
         )
         .unwrap();
-        // Two models: 400 scenes each of 1,000 queries each.
+        // Two models: 400 drawings each of 1,000 queries each.
         assert!(store.tensors.values().all(|answers| answers.shape == [400, 5]), "{name}");
         let queries = result["queries"].as_u64().unwrap();
         assert!(queries > 800 && queries <= 2000, "{name}: {queries}");
@@ -73,7 +73,7 @@ fn scenes_share_the_budget() {
     }
     let more = ["--method=bidf-mkd", "-s", "access=black-box", "--budget", "3"];
     let poor = train(dir.path(), "poor", &[&SHORT[..], &more].concat());
-    assert!(poor.code != 0 && poor.stderr.contains("covers no scene"), "{}", poor.stderr);
+    assert!(poor.code != 0 && poor.stderr.contains("covers no drawing"), "{}", poor.stderr);
     for wrong in ["pretrain.query_share=0", "pretrain.temperature=-1", "pretrain.batch=0"] {
         let ran = train(dir.path(), "wrong", &["-s", wrong]);
         let key = wrong.split('=').next().unwrap();

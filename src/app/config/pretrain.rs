@@ -5,14 +5,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// Multi-teacher distillation on drawn scenes, where `meta.start` is `distilled`.
+/// Multi-teacher distillation on drawings, where `meta.start` is `distilled`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct PretrainConfig {
-    /// Scenes that every model answers, one query each where it is asked.
+    /// Drawings that every model answers, one query each where it is asked.
     pub images: usize,
     /// Most that they may take of the budget of a model that is asked, 0 to 1.
     pub query_share: f64,
+    /// Share of the episodes of meta-training that are of drawings, each of the class that its model is sure of, 0 to 1.
+    pub episode_share: f64,
     /// Steps of distillation.
     pub steps: u64,
     /// Images a step.
@@ -28,6 +30,11 @@ impl PretrainConfig {
         let counts = [("images", self.images), ("batch", self.batch)];
         if let Some((name, _)) = counts.iter().find(|(_, value)| *value == 0) {
             return Err(Error::input(format!("setting must not be 0: `pretrain.{name}`")));
+        }
+        if !(0.0..=1.0).contains(&self.episode_share) {
+            let text =
+                format!("`pretrain.episode_share` must be from 0 to 1: `{}`", self.episode_share);
+            return Err(Error::input(text));
         }
         let within = |value: f64, least: f64, most: f64| value > least && value <= most;
         let positive = [
@@ -49,7 +56,8 @@ impl Default for PretrainConfig {
     fn default() -> Self {
         Self {
             images: 15_000,
-            query_share: 0.5,
+            query_share: 0.8,
+            episode_share: 0.5,
             steps: 3000,
             batch: 128,
             learning_rate: 2e-3,

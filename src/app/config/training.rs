@@ -24,7 +24,7 @@ pub enum MetaStart {
     Random,
     /// The mean of the weights of all white-box models, which must be of one architecture, the backbone's (PURER sec. 3.2).
     MeanOfTeachers,
-    /// What distillation makes of the models' answers to drawn scenes (`pretrain`): of any architectures, one query a scene
+    /// What distillation makes of the models' answers to drawings (`pretrain`): of any architectures, one query a drawing
     /// of models that are asked.
     Distilled,
 }

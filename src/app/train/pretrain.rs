@@ -1,5 +1,6 @@
 //! Multi-teacher distillation within a run: asked, trained, logged, saved, resumed.
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use rayon::prelude::*;
@@ -9,11 +10,11 @@ use crate::app::config::{MetaStart, Method};
 use crate::app::ingest::Ingest;
 use crate::app::settings;
 use crate::error::{Error, ErrorKind, Result};
-use crate::meta::{Answers, Pretrainer};
+use crate::meta::{Answers, DrawnClasses, Pretrainer};
 use crate::methods::parts::OpenTeachers;
 use crate::report::Event;
 use crate::tensor::TensorStore;
-use crate::tensor::scenes::Scenes;
+use crate::tensor::scenes::Drawings;
 use crate::zoo::{Access, ModelSpec};
 
 /// Scenes that models are asked about side by side.
@@ -24,7 +25,7 @@ const SAVE_EVERY: usize = 4;
 const LOG_EVERY: u64 = 10;
 
 impl Work<'_> {
-    /// Makes `RUN/start.safetensors` where the meta-model starts from what all models answer to drawn scenes.
+    /// Makes `RUN/start.safetensors` where the meta-model starts from what all models answer to drawn drawings.
     pub(super) fn pretrain(&self, found: &Ingest, specs: &[ModelSpec]) -> Result<()> {
         if self.config.meta.start != MetaStart::Distilled || self.run.start().is_file() {
             return Ok(());
@@ -33,10 +34,10 @@ impl Work<'_> {
         let folder = self.run.pretrain();
         std::fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, &error))?;
         let specs: Vec<&ModelSpec> = specs.iter().collect();
-        let scenes = Scenes { seed: self.config.seed, size: self.config.image_size };
-        let answers = self.ask_all(found, &specs, &scenes)?;
+        let drawings = self.drawings();
+        let answers = self.ask_all(found, &specs, &drawings)?;
         let answers: Vec<Answers> = answers.into_iter().filter(|all| !all.is_empty()).collect();
-        let pretrainer = self.distil(&scenes, &answers)?;
+        let pretrainer = self.distil(&drawings, &answers)?;
         let mut model = settings::untrained_model(self.config)?;
         *model.backbone_mut() = pretrainer.backbone().clone();
         model.save(&self.run.start())?;
@@ -45,13 +46,33 @@ impl Work<'_> {
         self.run.save_record(&record)
     }
 
+    fn drawings(&self) -> Drawings {
+        Drawings { seed: self.config.seed, size: self.config.image_size }
+    }
+
+    fn answers_file(&self) -> PathBuf {
+        self.run.pretrain().join("answers.safetensors")
+    }
+
+    /// The drawings as classes, by what the models answered.
+    pub(super) fn drawn_classes(&self) -> Result<DrawnClasses> {
+        let store = TensorStore::load(&self.answers_file())?;
+        let answers = (store.tensors.values())
+            .map(|own| Answers {
+                classes: own.shape.last().copied().unwrap_or_default(),
+                logits: own.data.clone(),
+            })
+            .collect::<Vec<_>>();
+        Ok(DrawnClasses::new(self.drawings(), &answers))
+    }
+
     /// What each model answers, as far as its budget goes; what an earlier call was told is not asked again. A model that
     /// fails is left out from there on, and said.
     fn ask_all(
         &self,
         found: &Ingest,
         specs: &[&ModelSpec],
-        scenes: &Scenes,
+        drawings: &Drawings,
     ) -> Result<Vec<Answers>> {
         let asked = specs.iter().filter(|spec| spec.access != Access::WhiteBox).count() as u64;
         let mut opening = self.opening(found, specs)?;
@@ -64,9 +85,11 @@ impl Work<'_> {
         }
         let open = |index: usize| opening.open(index);
         let teachers = OpenTeachers::new(&open);
-        let file = self.run.pretrain().join("answers.safetensors");
-        let mut answers = match TensorStore::load(&file) {
-            Ok(store) => read_answers(&store, specs)?,
+        let file = self.answers_file();
+        let mut answers: Vec<Answers> = match TensorStore::load(&file) {
+            Ok(store) => (specs.iter())
+                .map(|spec| read_answers(&store, &spec.id, spec.classes))
+                .collect::<Result<_>>()?,
             Err(_) if !file.exists() => specs
                 .iter()
                 .map(|spec| Answers { classes: spec.classes, logits: Vec::new() })
@@ -94,7 +117,7 @@ impl Work<'_> {
         stage.advance(begin as u64);
         for (round, first) in (begin..most).step_by(CHUNK).enumerate() {
             self.context.check_interrupt()?;
-            let images = scenes.images(first as u64..(first + CHUNK).min(most) as u64);
+            let images = drawings.images(first as u64..(first + CHUNK).min(most) as u64);
             let one = |index: usize| {
                 let n = wanted[index].saturating_sub(first).min(images.len());
                 let lost = answers[index].len() != first;
@@ -120,13 +143,13 @@ impl Work<'_> {
             }
         }
         for (index, error) in &failed {
-            let text = format!("`{}` is asked about no more scenes: {error}", specs[*index].id);
+            let text = format!("`{}` is asked about no more drawings: {error}", specs[*index].id);
             self.context.progress.note(&text);
         }
         if answers.iter().all(Answers::is_empty) {
             return Err(match failed.pop() {
                 Some((_, error)) => error,
-                None => Error::budget("the query budget covers no scene for any model")
+                None => Error::budget("the query budget covers no drawing for any model")
                     .hint("raise `--budget`, `query_budget` or `pretrain.query_share`"),
             });
         }
@@ -135,7 +158,7 @@ impl Work<'_> {
     }
 
     /// Trains to the last step, from where an earlier call left it.
-    fn distil(&self, scenes: &Scenes, answers: &[Answers]) -> Result<Pretrainer> {
+    fn distil(&self, drawings: &Drawings, answers: &[Answers]) -> Result<Pretrainer> {
         let config = settings::pretrain_config(self.config);
         let (steps, size) = (config.steps, self.config.image_size);
         let classes = answers.iter().map(|teacher| teacher.classes).sum();
@@ -157,7 +180,7 @@ impl Work<'_> {
                 pretrainer.to_store()?.save(&file)?;
                 return Err(error);
             }
-            let Some(loss) = rayon::scope(|_| pretrainer.update(scenes, answers))? else {
+            let Some(loss) = rayon::scope(|_| pretrainer.update(drawings, answers))? else {
                 return Err(Error::input("distillation diverged: its loss is not finite")
                     .hint("lower `pretrain.learning_rate`"));
             };
@@ -195,16 +218,15 @@ fn save_answers(answers: &[Answers], specs: &[&ModelSpec], file: &std::path::Pat
     store.save(file)
 }
 
-fn read_answers(store: &TensorStore, specs: &[&ModelSpec]) -> Result<Vec<Answers>> {
-    let one = |spec: &&ModelSpec| match store.tensors.get(&spec.id) {
-        Some(tensor) if tensor.shape.last() == Some(&spec.classes) => {
-            let logits = store.tensor(&spec.id, &tensor.shape)?.to_vec();
-            Ok(Answers { classes: spec.classes, logits })
+fn read_answers(store: &TensorStore, id: &str, classes: usize) -> Result<Answers> {
+    match store.tensors.get(id) {
+        Some(tensor) if tensor.shape.last() == Some(&classes) => {
+            let logits = store.tensor(id, &tensor.shape)?.to_vec();
+            Ok(Answers { classes, logits })
         }
-        _ => Err(Error::input(format!("no answers of model `{}`", spec.id))
+        _ => Err(Error::input(format!("no answers of model `{id}`"))
             .hint("the run folder was changed; start a new run")),
-    };
-    specs.iter().map(one).collect()
+    }
 }
 
 #[cfg(test)]

@@ -218,6 +218,14 @@ impl Trainer {
         let one = |number: usize| {
             let index = this.step * episodes as u64 + number as u64;
             let mut rng = RngStream::new(this.config.seed, "episode", "", index);
+            let mut other = RngStream::new(this.config.seed, "beside", "", index);
+            let beside =
+                this.beside.as_ref().filter(|beside| f64::from(other.uniform()) < beside.share);
+            if let Some(beside) = beside {
+                let episode = beside.sampler.draw(&mut rng);
+                let task = (&beside.source as &dyn ClassSource, &episode);
+                return this.task_gradient(&start, task, &Lesson::default(), &mut rng);
+            }
             let episode = sampler.draw(&mut rng);
             this.task_gradient(&start, (source, &episode), lesson, &mut rng)
         };
