@@ -108,6 +108,7 @@ fn bidf_mkd_does_without_each_of_its_parts() {
         ("linear", "bidf.distillation.kd_loss=linear"),
         ("maml", "meta.learner=maml"),
         ("anil", "meta.learner=anil"),
+        ("prior", "recover.black_box.estimator=prior-low-frequency"),
         ("white", "access=auto"),
     ] {
         let result = ran(dir.path(), name, &["-s", own]);
