@@ -14,8 +14,9 @@ use crate::report::{Event, Series, line_plot};
 use crate::zoo::Access;
 
 /// The stages of a run in order.
-const STAGES: [&str; 16] = [
+const STAGES: [&str; 17] = [
     "ingest",
+    "pretrain",
     "generator",
     "five",
     "recover",

@@ -72,6 +72,9 @@ pub enum Start {
 /// Seconds by stage.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct TrainSeconds {
+    /// Asking about drawings and distilling the answers, where the meta-model starts from them.
+    #[serde(default)]
+    pub pretrain: f64,
     /// Recovering images.
     pub recover: f64,
     /// Meta-training.
@@ -169,13 +172,16 @@ pub fn train(context: &Context, options: &TrainOptions) -> Result<TrainResult> {
     };
     let log = run.event_log()?;
     let work = Work { context, options, config: &config, run: &run, log: &log, begin };
-    let result = work.pretrain(&found, &specs).and_then(|()| match config.method {
-        Method::Inversion => work.recover_first(&found, &specs, |bank| work.meta_train(bank)),
-        Method::Purer => {
-            work.recover_first(&found, &specs, |bank| work.meta_train_moving(&found, &specs, bank))
+    let mut pretrain = 0.0;
+    let result = work.pretrain(&found, &specs).and_then(|seconds| {
+        pretrain = seconds;
+        match config.method {
+            Method::Inversion => work.recover_first(&found, &specs, |bank| work.meta_train(bank)),
+            Method::Purer => work
+                .recover_first(&found, &specs, |bank| work.meta_train_moving(&found, &specs, bank)),
+            Method::Free => work.free(&found, &specs),
+            Method::BidfMkd => work.bidf(&found, &specs),
         }
-        Method::Free => work.free(&found, &specs),
-        Method::BidfMkd => work.bidf(&found, &specs),
     });
     let mut record = run.record()?;
     let (bank, recover, trained, meta) = match result {
@@ -195,7 +201,8 @@ pub fn train(context: &Context, options: &TrainOptions) -> Result<TrainResult> {
     record.stop_reason = Some(reason.into());
     record.meta_updates += parts.updates;
     let stages = [("recover", recover), ("meta", meta), ("total", total)];
-    for (name, value) in stages.into_iter().chain(parts.named()) {
+    let before = (pretrain > 0.0).then_some(("pretrain", pretrain));
+    for (name, value) in before.into_iter().chain(stages).chain(parts.named()) {
         *record.seconds.entry(name.into()).or_default() += value;
     }
     run.save_record(&record)?;
@@ -210,7 +217,7 @@ pub fn train(context: &Context, options: &TrainOptions) -> Result<TrainResult> {
         images: bank.len(),
         queries: record.outcomes.iter().map(|model| model.queries).sum(),
         models: record.outcomes.clone(),
-        seconds: TrainSeconds { recover, meta, parts, total },
+        seconds: TrainSeconds { pretrain, recover, meta, parts, total },
     })
 }
 

@@ -26,9 +26,10 @@ const LOG_EVERY: u64 = 10;
 
 impl Work<'_> {
     /// Makes `RUN/start.safetensors` where the meta-model starts from what all models answer to drawn drawings.
-    pub(super) fn pretrain(&self, found: &Ingest, specs: &[ModelSpec]) -> Result<()> {
+    /// Returns the time it took.
+    pub(super) fn pretrain(&self, found: &Ingest, specs: &[ModelSpec]) -> Result<f64> {
         if self.config.meta.start != MetaStart::Distilled || self.run.start().is_file() {
-            return Ok(());
+            return Ok(0.0);
         }
         let begin = Instant::now();
         let folder = self.run.pretrain();
@@ -41,9 +42,7 @@ impl Work<'_> {
         let mut model = settings::untrained_model(self.config)?;
         *model.backbone_mut() = pretrainer.backbone().clone();
         model.save(&self.run.start())?;
-        let mut record = self.run.record()?;
-        *record.seconds.entry("pretrain".into()).or_default() += begin.elapsed().as_secs_f64();
-        self.run.save_record(&record)
+        Ok(begin.elapsed().as_secs_f64())
     }
 
     fn drawings(&self) -> Drawings {

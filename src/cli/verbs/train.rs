@@ -113,6 +113,9 @@ pub(crate) fn table(result: &TrainResult) -> String {
         result.seconds.meta,
         result.seconds.total
     );
+    if result.seconds.pretrain > 0.0 {
+        text += &format!("of these, distillation before it {:.0} s\n", result.seconds.pretrain);
+    }
     if let Some(best) = result.pseudo_validation {
         text += &format!(
             "pseudo-validation {:.1} % after step {}, whose weights are kept\n",
