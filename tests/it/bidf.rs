@@ -46,7 +46,7 @@ fn ran(dir: &Path, name: &str, more: &[&str]) -> Json {
 }
 
 /// A file that answers with a label alone.
-fn labels_only(zoo: &Path, name: &str) {
+pub(crate) fn labels_only(zoo: &Path, name: &str) {
     let bytes = std::fs::read(model(CONV4[1])).unwrap();
     let mut file = ModelProto::decode(bytes.as_slice()).unwrap();
     let graph = file.graph.as_mut().unwrap();

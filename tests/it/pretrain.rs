@@ -2,8 +2,11 @@
 
 use serde_json::Value as Json;
 
+use crate::bidf::labels_only;
 use crate::free::events;
 use crate::main_job::{CONV4, kill_once_there, small_zoo, train};
+use crate::remote::{copy_model, model, outcome, serve_in};
+use crate::serve::{Data, Server};
 use crate::support::temp_dir;
 
 const SHORT: [&str; 8] = [
@@ -28,6 +31,38 @@ fn a_killed_distillation_resumes_to_the_bytes_of_an_uninterrupted_one() {
             events(&run, "pretrain").iter().map(|e| e["loss"].as_f64().unwrap()).collect();
         assert_eq!(losses.len(), 3);
         assert!(losses[2] < losses[0], "{losses:?}");
+    }
+}
+
+/// A scores file, one that tells labels only and a served model that dies after its first drawings: the others go on.
+#[test]
+fn a_model_that_fails_is_asked_no_more() {
+    let dir = temp_dir();
+    let zoo = dir.path().join("zoo");
+    copy_model(&zoo, CONV4[0], "a_scores", "");
+    labels_only(&zoo, "l_labels");
+    let server = Server::start(&model(CONV4[1]), "m", Data::Json);
+    serve_in(&zoo, &server, "z_dying", "");
+    server.die_after(700);
+    let more = [
+        "--method=inversion",
+        "-s",
+        "access=black-box",
+        "-s",
+        "recover.black_box.steps=1",
+        "-s",
+        "meta.steps=4",
+    ];
+    let ran = train(dir.path(), "run", &[&SHORT[..], &more].concat());
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    assert!(ran.stderr.contains("`z_dying` is asked about no more drawings"), "{}", ran.stderr);
+    let result: Json = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(outcome(&result, "z_dying")["queries"], server.queries());
+    assert_eq!(result["models_used"], 2);
+    let answers = dir.path().join("run/pretrain/answers.safetensors");
+    let store = metazoa::tensor::TensorStore::load(&answers).unwrap();
+    for (id, answered) in [("a_scores", 1300), ("l_labels", 1300), ("z_dying", 512)] {
+        assert_eq!(store.tensors[id].shape, [answered, 5], "{id}");
     }
 }
 

@@ -17,7 +17,7 @@ use crate::tensor::TensorStore;
 use crate::tensor::scenes::Drawings;
 use crate::zoo::{Access, ModelSpec};
 
-/// Scenes that models are asked about side by side.
+/// Drawings that models are asked about side by side.
 const CHUNK: usize = 512;
 /// Such rounds between saves of the answers.
 const SAVE_EVERY: usize = 4;
@@ -25,7 +25,7 @@ const SAVE_EVERY: usize = 4;
 const LOG_EVERY: u64 = 10;
 
 impl Work<'_> {
-    /// Makes `RUN/start.safetensors` where the meta-model starts from what all models answer to drawn drawings.
+    /// Makes `RUN/start.safetensors` where the meta-model starts from what all models answer to drawings.
     /// Returns the time it took.
     pub(super) fn pretrain(&self, found: &Ingest, specs: &[ModelSpec]) -> Result<f64> {
         if self.config.meta.start != MetaStart::Distilled || self.run.start().is_file() {
@@ -95,18 +95,11 @@ impl Work<'_> {
                 .collect(),
             Err(error) => return Err(error),
         };
-        let queries = self.queries()?;
         let mut failed: Vec<(usize, Error)> = Vec::new();
         let mut wanted = vec![0; specs.len()];
-        for (index, spec) in specs.iter().enumerate() {
-            match teachers.get(index) {
-                Ok(teacher) => {
-                    let limits = [queries.limit(spec), each].into_iter().flatten().min();
-                    let share = limits
-                        .map(|limit| (limit as f64 * self.config.pretrain.query_share) as u64);
-                    let cost = |n| teacher.logits_cost(n);
-                    wanted[index] = affordable(self.config.pretrain.images, share, cost);
-                }
+        for index in 0..specs.len() {
+            match self.wanted(&teachers, index, each) {
+                Ok(n) => wanted[index] = n,
                 Err(error) => failed.push((index, error)),
             }
         }
@@ -115,7 +108,10 @@ impl Work<'_> {
         let stage = self.context.progress.stage("ask", Some(most as u64));
         stage.advance(begin as u64);
         for (round, first) in (begin..most).step_by(CHUNK).enumerate() {
-            self.context.check_interrupt()?;
+            if let Err(error) = self.context.check_interrupt() {
+                save_answers(&answers, specs, &file)?;
+                return Err(error);
+            }
             let images = drawings.images(first as u64..(first + CHUNK).min(most) as u64);
             let one = |index: usize| {
                 let n = wanted[index].saturating_sub(first).min(images.len());
@@ -123,7 +119,13 @@ impl Work<'_> {
                 if lost || n == 0 {
                     return Ok(Vec::new());
                 }
-                teachers.get(index)?.logits(&images.range(0, n))
+                let logits = teachers.get(index)?.logits(&images.range(0, n))?;
+                match logits.iter().find(|value| !value.is_finite()) {
+                    Some(value) => {
+                        Err(Error::input(format!("a score that is not finite `{value}`")))
+                    }
+                    None => Ok(logits),
+                }
             };
             let told: Vec<Result<Vec<f32>>> =
                 rayon::scope(|_| (0..specs.len()).into_par_iter().map(one).collect());
@@ -154,6 +156,21 @@ impl Work<'_> {
         }
         save_answers(&answers, specs, &file)?;
         Ok(answers)
+    }
+
+    /// How many drawings a model answers; `each` is its part of the run's budget, where that is no limit of its own.
+    fn wanted(
+        &self,
+        teachers: &OpenTeachers<'_>,
+        index: usize,
+        each: Option<u64>,
+    ) -> Result<usize> {
+        let teacher = teachers.get(index)?;
+        let own = self.queries()?.limit(teacher.spec());
+        let limit = [own, each].into_iter().flatten().min();
+        let config = &self.config.pretrain;
+        let share = limit.map(|limit| (limit as f64 * config.query_share) as u64);
+        Ok(affordable(config.images, share, |n| teacher.logits_cost(n)))
     }
 
     /// Trains to the last step, from where an earlier call left it.
