@@ -5,7 +5,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::app::bench::{BenchOptions, BenchResult, Changed, Suite, bench, plan};
+use crate::app::bench::{
+    BenchOptions, BenchResult, CellState, Changed, Status, Suite, bench, plan,
+};
 use crate::cli::printer::Printer;
 use crate::cli::settings::Settings;
 use crate::cli::{Outcome, overrides, startup};
@@ -57,15 +59,17 @@ pub(crate) fn run(args: &BenchArgs, settings: &Settings, printer: &Printer) -> R
         probe: startup::probe_options(&context),
     };
     let result = if args.dry_run { plan(&options)? } else { bench(&context, &options)? };
-    printer.result(&result, table)?;
+    printer.result(&result, |result| table(result, args.dry_run))?;
     Ok(if result.failed > 0 && !args.dry_run { Outcome::Partly } else { Outcome::Done })
 }
 
-fn table(result: &BenchResult) -> String {
+/// All cells of a plan; of a grid those that were begun.
+fn table(result: &BenchResult, plan: bool) -> String {
     let width = result.cells.iter().map(|cell| cell.id.len()).max().unwrap_or(0);
     let mut text = String::new();
     // Writing to a `String` cannot fail.
-    for cell in &result.cells {
+    let begun = |cell: &&CellState| plan || cell.status != Status::New;
+    for cell in result.cells.iter().filter(begun) {
         let _ = writeln!(
             text,
             "{:<width$}  {:<10} {} of {} evaluations",
