@@ -4,8 +4,9 @@
 //! RUN/config.yaml      the settings, resolved; `--config` takes it back
 //! RUN/run.json         versions, seed, zoo hashes, how it ended
 //! RUN/events.jsonl     one line a step
-//! RUN/start.safetensors  the network before training, where it came from files (`meta.backbone: FILE.onnx`,
-//!                      `meta.start: mean-of-teachers`)
+//! RUN/start.safetensors  the network before training, where it is not drawn by the seed (`meta.backbone: FILE.onnx`,
+//!                      `meta.start: mean-of-teachers` or `distilled`; with both RUN/backbone.safetensors is the file's)
+//! RUN/pretrain/        what models answer to drawings, and the distillation of it
 //! RUN/ckpt/            step-N.safetensors, and `latest` naming the newest
 //! RUN/bank/            recovered images
 //! RUN/queries/         queries spent on each model, written before they are sent
@@ -153,9 +154,14 @@ impl RunFolder {
         self.path.join("queries")
     }
 
-    /// The meta-model that training starts from, where it comes from a file of the user's.
+    /// The meta-model that training starts from, where it is not drawn by the seed.
     pub fn start(&self) -> PathBuf {
         self.path.join("start.safetensors")
+    }
+
+    /// What becomes that start by distillation, where it comes from a file of the user's.
+    pub fn undistilled(&self) -> PathBuf {
+        self.path.join("backbone.safetensors")
     }
 
     /// The settings it was made with.

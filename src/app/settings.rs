@@ -287,12 +287,21 @@ pub fn untrained_model(config: &RunConfig) -> Result<MetaModel> {
     MetaModel::new(backbone, learner(config), config.image_size, config.seed)
 }
 
-/// The meta-model that the training of `run` started from: kept in its folder where it came from a file.
+/// The meta-model that the training of `run` started from: kept in its folder where it was not drawn by the seed.
 ///
 /// # Errors
 /// As [`untrained_model`], and when what was kept is damaged.
 pub fn starting_model(run: &RunFolder, config: &RunConfig) -> Result<MetaModel> {
     let kept = run.start();
+    if kept.is_file() { MetaModel::load(&kept) } else { untrained_model(config) }
+}
+
+/// What the start of `run` is distilled from: kept in its folder where it came from a file.
+///
+/// # Errors
+/// As [`starting_model`].
+pub fn undistilled_model(run: &RunFolder, config: &RunConfig) -> Result<MetaModel> {
+    let kept = run.undistilled();
     if kept.is_file() { MetaModel::load(&kept) } else { untrained_model(config) }
 }
 

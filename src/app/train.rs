@@ -165,7 +165,8 @@ pub fn train(context: &Context, options: &TrainOptions) -> Result<TrainResult> {
             let from_files = matches!(config.meta.backbone, BackboneName::File(_))
                 || config.meta.start == MetaStart::MeanOfTeachers;
             if let (Some(start), true) = (&start, from_files) {
-                start.save(&run.start())?;
+                let distilled = config.meta.start == MetaStart::Distilled;
+                start.save(&if distilled { run.undistilled() } else { run.start() })?;
             }
             run
         }

@@ -13,6 +13,7 @@ use rayon::prelude::*;
 use super::augment::{Augmentation, Draw};
 use super::backbone::{Backbone, BnMode, Parameter};
 use super::learner::linear;
+use super::train::half_cosine;
 use crate::error::{Error, Result};
 use crate::tensor::lists::all_finite;
 use crate::tensor::losses::softmax;
@@ -91,8 +92,8 @@ impl Pretrainer {
             })
         };
         let heads = [
-            parameter("heads.weight", weights, &[classes, dim])?,
-            parameter("heads.bias", vec![0.0; classes], &[classes])?,
+            parameter("pretrain.heads.weight", weights, &[classes, dim])?,
+            parameter("pretrain.heads.bias", vec![0.0; classes], &[classes])?,
         ];
         let all = backbone.parameters().iter().chain(&heads);
         let adam = Adam::new(AdamOptions::STANDARD, all.map(|p| p.value.elem_count()));
@@ -143,8 +144,7 @@ impl Pretrainer {
         if !loss.is_finite() || !all_finite(&gradients)? {
             return Ok(None);
         }
-        let done = self.step as f64 / config.steps.max(1) as f64;
-        let rate = config.learning_rate * 0.5 * (1.0 + (std::f64::consts::PI * done).cos());
+        let rate = half_cosine(config.learning_rate, self.step, config.steps);
         let own = self.backbone.parameters().iter().chain(&self.heads);
         let mut values: Vec<Tensor> = own.map(|p| p.value.clone()).collect();
         self.adam.step_tensors(rate, &mut values, &gradients)?;
@@ -217,8 +217,9 @@ fn seen(drawings: &Drawings, chosen: &[usize], draws: &[Draw]) -> Images {
     let mut images = Images::zeros([chosen.len(), 3, height, width]);
     let each = images.data_mut().par_chunks_mut((3 * height * width).max(1));
     each.zip(chosen).zip(draws).for_each(|((target, &number), draw)| {
-        let own = drawings.images(number as u64..number as u64 + 1);
-        draw.apply(own.data(), height, width, target);
+        let mut own = vec![0.0; target.len()];
+        drawings.draw(number as u64, &mut own);
+        draw.apply(&own, height, width, target);
     });
     images
 }
@@ -233,7 +234,7 @@ fn distance(
 ) -> (f64, Vec<f32>) {
     let classes = own.first().map_or(0, Vec::len);
     let mut gradient = vec![0.0f32; own.len() * classes];
-    let (mut total, mut teachers, mut first) = (0.0, 0, 0);
+    let (mut total, mut first) = (0.0, 0);
     let asked = |teacher: &Answers| chosen.iter().filter(|&&i| i < teacher.len()).count();
     let present = answers.iter().filter(|teacher| asked(teacher) > 0).count();
     let probabilities = |row: &[f32]| -> Vec<f32> {
@@ -246,7 +247,6 @@ fn distance(
         if rows == 0 {
             continue;
         }
-        teachers += 1;
         let share = 1.0 / (rows * present) as f64;
         for (at, &image) in chosen.iter().enumerate().filter(|&(_, &image)| image < teacher.len()) {
             let wanted = &teacher.logits[image * teacher.classes..][..teacher.classes];
@@ -262,7 +262,7 @@ fn distance(
             }
         }
     }
-    (if teachers == 0 { f64::NAN } else { total }, gradient)
+    (total, gradient)
 }
 
 #[cfg(test)]

@@ -67,12 +67,15 @@ impl TrainConfig {
     fn learning_rate_at(&self, step: u64) -> f64 {
         match self.schedule {
             Schedule::Constant => self.learning_rate,
-            Schedule::Cosine => {
-                let done = step as f64 / self.steps.max(1) as f64;
-                self.learning_rate * 0.5 * (1.0 + (std::f64::consts::PI * done).cos())
-            }
+            Schedule::Cosine => half_cosine(self.learning_rate, step, self.steps),
         }
     }
+}
+
+/// `rate` along half a cosine, down to 0 after the last of `steps`.
+pub(super) fn half_cosine(rate: f64, step: u64, steps: u64) -> f64 {
+    let done = step as f64 / steps.max(1) as f64;
+    rate * 0.5 * (1.0 + (std::f64::consts::PI * done).cos())
 }
 
 /// Where one call of [`Trainer::run`] ends early.

@@ -92,6 +92,7 @@ const BIDF: &[(&str, &str)] = &[
 
 /// What all do.
 const ALL: &[(&str, &str)] = &[
+    ("meta.start", "random"),
     ("meta.backbone", "conv4"),
     ("meta.width", "32"),
     ("meta.learning_rate", "0.001"),

@@ -9,11 +9,12 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct PretrainConfig {
-    /// Drawings that every model answers, one query each where it is asked.
+    /// Drawings that every model answers, a query each where it is asked (more where its batches are filled up).
     pub images: usize,
     /// Most that they may take of the budget of a model that is asked, 0 to 1.
     pub query_share: f64,
-    /// Share of the episodes of meta-training that are of drawings, each of the class that its model is sure of, 0 to 1.
+    /// Share of the episodes drawn from recovered images that are drawn from drawings instead, each of the class that its
+    /// model is sure of, 0 to 1; the steps of `free` and `bidf-mkd` on a round's visits are no such episodes.
     pub episode_share: f64,
     /// Steps of distillation.
     pub steps: u64,

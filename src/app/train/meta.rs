@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Work;
 use super::seconds::MetaSeconds;
-use crate::app::config::{MergeClasses, MetaStart};
+use crate::app::config::MergeClasses;
 use crate::app::ingest::Ingest;
 use crate::app::progress::Stage;
 use crate::app::settings;
@@ -172,10 +172,7 @@ impl Work<'_> {
     /// The trainer of the newest checkpoint, with all that is in it, or an untrained one.
     pub(super) fn trainer(&self) -> Result<(Trainer, Option<TensorStore>)> {
         let (mut trainer, store) = self.bare_trainer()?;
-        let share = self.config.pretrain.episode_share;
-        if self.config.meta.start == MetaStart::Distilled && share > 0.0 {
-            trainer.also_from(self.drawn_classes()?, share)?;
-        }
+        self.draw_from(&mut trainer)?;
         Ok((trainer, store))
     }
 

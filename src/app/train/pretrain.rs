@@ -1,21 +1,24 @@
 //! Multi-teacher distillation within a run: asked, trained, logged, saved, resumed.
 
-use std::path::PathBuf;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use rayon::prelude::*;
 
 use super::Work;
+use crate::access::Teacher;
 use crate::app::config::{MetaStart, Method};
 use crate::app::ingest::Ingest;
+use crate::app::queries::{self, Queries};
 use crate::app::settings;
 use crate::error::{Error, ErrorKind, Result};
-use crate::meta::{Answers, DrawnClasses, Pretrainer};
+use crate::meta::{Answers, Backbone, DrawnClasses, Pretrainer, Trainer};
 use crate::methods::parts::OpenTeachers;
 use crate::report::Event;
 use crate::tensor::TensorStore;
 use crate::tensor::scenes::Drawings;
-use crate::zoo::{Access, ModelSpec};
+use crate::zoo::ModelSpec;
 
 /// Drawings that models are asked about side by side.
 const CHUNK: usize = 512;
@@ -34,15 +37,30 @@ impl Work<'_> {
         let begin = Instant::now();
         let folder = self.run.pretrain();
         std::fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, &error))?;
-        let specs: Vec<&ModelSpec> = specs.iter().collect();
         let drawings = self.drawings();
-        let answers = self.ask_all(found, &specs, &drawings)?;
+        let answers = self.ask_all(found, specs, &drawings)?;
+        // What cannot be drawn from is said before anything is trained or recovered.
+        let mut model = settings::undistilled_model(self.run, self.config)?;
+        let config = settings::train_config(self.config);
+        self.draw_from(&mut Trainer::new(config, model.clone()))?;
         let answers: Vec<Answers> = answers.into_iter().filter(|all| !all.is_empty()).collect();
-        let pretrainer = self.distil(&drawings, &answers)?;
-        let mut model = settings::untrained_model(self.config)?;
+        let pretrainer = self.distil(model.backbone().clone(), &drawings, &answers)?;
         *model.backbone_mut() = pretrainer.backbone().clone();
         model.save(&self.run.start())?;
         Ok(begin.elapsed().as_secs_f64())
+    }
+
+    /// Lets a trainer draw some of its episodes from the drawings, where the settings say so.
+    pub(super) fn draw_from(&self, trainer: &mut Trainer) -> Result<()> {
+        let share = self.config.pretrain.episode_share;
+        let idle = self.config.method == Method::BidfMkd && self.config.bidf.replay.is_none();
+        if self.config.meta.start != MetaStart::Distilled || share <= 0.0 || idle {
+            return Ok(());
+        }
+        trainer.also_from(self.drawn_classes()?, share).map_err(|error| {
+            Error::input(format!("too few drawings that models are sure of: {error}"))
+                .hint("raise `pretrain.images`, or set `pretrain.episode_share: 0`")
+        })
     }
 
     fn drawings(&self) -> Drawings {
@@ -54,7 +72,7 @@ impl Work<'_> {
     }
 
     /// The drawings as classes, by what the models answered.
-    pub(super) fn drawn_classes(&self) -> Result<DrawnClasses> {
+    fn drawn_classes(&self) -> Result<DrawnClasses> {
         let store = TensorStore::load(&self.answers_file())?;
         let answers = (store.tensors.values())
             .map(|own| Answers {
@@ -70,53 +88,44 @@ impl Work<'_> {
     fn ask_all(
         &self,
         found: &Ingest,
-        specs: &[&ModelSpec],
+        specs: &[ModelSpec],
         drawings: &Drawings,
     ) -> Result<Vec<Answers>> {
-        let asked = specs.iter().filter(|spec| spec.access != Access::WhiteBox).count() as u64;
-        let mut opening = self.opening(found, specs)?;
-        let mut each = None;
-        if let (Method::BidfMkd, Some(total)) =
-            (self.config.method, self.config.recover.black_box.run_budget)
-        {
-            each = Some(total / asked.max(1));
-            opening.teachers.queries = Some(self.queries()?.pooled(Some(total), specs)?.0);
+        let mut asked = Asked::read(&self.answers_file(), specs)?;
+        if asked.done {
+            return Ok(asked.answers);
         }
+        let all: Vec<&ModelSpec> = specs.iter().collect();
+        let mut opening = self.opening(found, &all)?;
+        // Each has its part of the run's budget, also where the method has it whole.
+        let black = &self.config.recover.black_box;
+        let limits = queries::limits(specs, black.query_budget, black.run_budget);
+        let queries = Queries::new(self.run.queries(), limits);
+        opening.teachers.queries = Some(queries.clone());
         let open = |index: usize| opening.open(index);
         let teachers = OpenTeachers::new(&open);
-        let file = self.answers_file();
-        let mut answers: Vec<Answers> = match TensorStore::load(&file) {
-            Ok(store) => (specs.iter())
-                .map(|spec| read_answers(&store, &spec.id, spec.classes))
-                .collect::<Result<_>>()?,
-            Err(_) if !file.exists() => specs
-                .iter()
-                .map(|spec| Answers { classes: spec.classes, logits: Vec::new() })
-                .collect(),
-            Err(error) => return Err(error),
-        };
         let mut failed: Vec<(usize, Error)> = Vec::new();
         let mut wanted = vec![0; specs.len()];
         for index in 0..specs.len() {
-            match self.wanted(&teachers, index, each) {
-                Ok(n) => wanted[index] = n,
+            match teachers.get(index) {
+                Ok(teacher) => wanted[index] = self.wanted(teacher.as_ref(), &queries),
                 Err(error) => failed.push((index, error)),
             }
         }
+        asked.lost.extend(failed.iter().map(|(index, _)| *index));
         let most = wanted.iter().copied().max().unwrap_or_default();
-        let begin = answers.iter().map(Answers::len).max().unwrap_or_default();
+        let begin = asked.answers.iter().map(Answers::len).max().unwrap_or_default();
         let stage = self.context.progress.stage("ask", Some(most as u64));
         stage.advance(begin as u64);
         for (round, first) in (begin..most).step_by(CHUNK).enumerate() {
             if let Err(error) = self.context.check_interrupt() {
-                save_answers(&answers, specs, &file)?;
+                asked.save(&self.answers_file(), specs)?;
                 return Err(error);
             }
             let images = drawings.images(first as u64..(first + CHUNK).min(most) as u64);
             let one = |index: usize| {
                 let n = wanted[index].saturating_sub(first).min(images.len());
-                let lost = answers[index].len() != first;
-                if lost || n == 0 {
+                if asked.lost.contains(&index) || n == 0 {
                     return Ok(Vec::new());
                 }
                 let logits = teachers.get(index)?.logits(&images.range(0, n))?;
@@ -131,50 +140,54 @@ impl Work<'_> {
                 rayon::scope(|_| (0..specs.len()).into_par_iter().map(one).collect());
             for (index, logits) in told.into_iter().enumerate() {
                 match logits {
-                    Ok(logits) => answers[index].logits.extend(logits),
-                    Err(error) if error.kind() == ErrorKind::Interrupted => return Err(error),
-                    // A normal end: it was sent something twice, or asked before.
-                    Err(error) if error.kind() == ErrorKind::Budget => {}
-                    Err(error) => failed.push((index, error)),
+                    Ok(logits) => asked.answers[index].logits.extend(logits),
+                    Err(error) => {
+                        asked.lost.insert(index);
+                        // A normal end: something was sent twice.
+                        if error.kind() != ErrorKind::Budget {
+                            failed.push((index, error));
+                        }
+                    }
                 }
             }
             stage.advance(images.len() as u64);
             if (round + 1).is_multiple_of(SAVE_EVERY) {
-                save_answers(&answers, specs, &file)?;
+                asked.save(&self.answers_file(), specs)?;
             }
         }
         for (index, error) in &failed {
             let text = format!("`{}` is asked about no more drawings: {error}", specs[*index].id);
             self.context.progress.note(&text);
         }
-        if answers.iter().all(Answers::is_empty) {
+        if asked.answers.iter().all(Answers::is_empty) {
             return Err(match failed.pop() {
                 Some((_, error)) => error,
                 None => Error::budget("the query budget covers no drawing for any model")
                     .hint("raise `--budget`, `query_budget` or `pretrain.query_share`"),
             });
         }
-        save_answers(&answers, specs, &file)?;
-        Ok(answers)
+        asked.done = true;
+        asked.save(&self.answers_file(), specs)?;
+        Ok(asked.answers)
     }
 
-    /// How many drawings a model answers; `each` is its part of the run's budget, where that is no limit of its own.
-    fn wanted(
-        &self,
-        teachers: &OpenTeachers<'_>,
-        index: usize,
-        each: Option<u64>,
-    ) -> Result<usize> {
-        let teacher = teachers.get(index)?;
-        let own = self.queries()?.limit(teacher.spec());
-        let limit = [own, each].into_iter().flatten().min();
+    /// How many drawings a model answers.
+    fn wanted(&self, teacher: &dyn Teacher, queries: &Queries) -> usize {
         let config = &self.config.pretrain;
+        let limit = queries.limit(teacher.spec());
         let share = limit.map(|limit| (limit as f64 * config.query_share) as u64);
-        Ok(affordable(config.images, share, |n| teacher.logits_cost(n)))
+        affordable(config.images, share, |n| {
+            (n / CHUNK) as u64 * teacher.logits_cost(CHUNK) + teacher.logits_cost(n % CHUNK)
+        })
     }
 
     /// Trains to the last step, from where an earlier call left it.
-    fn distil(&self, drawings: &Drawings, answers: &[Answers]) -> Result<Pretrainer> {
+    fn distil(
+        &self,
+        fresh: Backbone,
+        drawings: &Drawings,
+        answers: &[Answers],
+    ) -> Result<Pretrainer> {
         let config = settings::pretrain_config(self.config);
         let (steps, size) = (config.steps, self.config.image_size);
         let classes = answers.iter().map(|teacher| teacher.classes).sum();
@@ -182,10 +195,7 @@ impl Work<'_> {
         let mut pretrainer = match TensorStore::load(&file) {
             Ok(store) => Pretrainer::from_store(config, size, classes, &store)
                 .map_err(|error| error.context(format!("`{}`", file.display())))?,
-            Err(_) if !file.exists() => {
-                let fresh = settings::untrained_model(self.config)?.into_backbone();
-                Pretrainer::new(config, fresh, size, classes)?
-            }
+            Err(_) if !file.exists() => Pretrainer::new(config, fresh, size, classes)?,
             Err(error) => return Err(error),
         };
         let stage = self.context.progress.stage("pretrain", Some(steps));
@@ -226,22 +236,50 @@ fn affordable(images: usize, share: Option<u64>, cost: impl Fn(usize) -> u64) ->
     n
 }
 
-fn save_answers(answers: &[Answers], specs: &[&ModelSpec], file: &std::path::Path) -> Result<()> {
-    let mut store = TensorStore::default();
-    for (spec, own) in specs.iter().zip(answers) {
-        store.insert(&spec.id, &[own.len(), own.classes], own.logits.clone());
-    }
-    store.save(file)
+/// What was asked and told so far.
+struct Asked {
+    answers: Vec<Answers>,
+    /// Models that are asked no more before they have answered all they should.
+    lost: BTreeSet<usize>,
+    /// Whether nothing is left to ask.
+    done: bool,
 }
 
-fn read_answers(store: &TensorStore, id: &str, classes: usize) -> Result<Answers> {
-    match store.tensors.get(id) {
-        Some(tensor) if tensor.shape.last() == Some(&classes) => {
-            let logits = store.tensor(id, &tensor.shape)?.to_vec();
-            Ok(Answers { classes, logits })
+impl Asked {
+    /// What [`Asked::save`] wrote; nothing where there is no such file.
+    fn read(file: &Path, specs: &[ModelSpec]) -> Result<Self> {
+        let none = |spec: &ModelSpec| Answers { classes: spec.classes, logits: Vec::new() };
+        if !file.exists() {
+            let answers = specs.iter().map(none).collect();
+            return Ok(Self { answers, lost: BTreeSet::new(), done: false });
         }
-        _ => Err(Error::input(format!("no answers of model `{id}`"))
-            .hint("the run folder was changed; start a new run")),
+        let store = TensorStore::load(file)?;
+        let other = |id: &str| {
+            Error::input(format!("no answers of model `{id}` in `{}`", file.display()))
+                .hint("the run folder was changed; start a new run")
+        };
+        let one = |spec: &ModelSpec| match store.tensors.get(&spec.id) {
+            Some(own) if own.shape.last() == Some(&spec.classes) => {
+                Ok(Answers { classes: spec.classes, logits: own.data.clone() })
+            }
+            _ => Err(other(&spec.id)),
+        };
+        let answers = specs.iter().map(one).collect::<Result<_>>()?;
+        let lost = (store.word("lost")?.lines())
+            .map(|id| specs.iter().position(|spec| spec.id == id).ok_or_else(|| other(id)))
+            .collect::<Result<_>>()?;
+        Ok(Self { answers, lost, done: store.word("asked")? == "all" })
+    }
+
+    fn save(&self, file: &Path, specs: &[ModelSpec]) -> Result<()> {
+        let mut store = TensorStore::default();
+        for (spec, own) in specs.iter().zip(&self.answers) {
+            store.insert(&spec.id, &[own.len(), own.classes], own.logits.clone());
+        }
+        let lost: Vec<&str> = self.lost.iter().map(|&index| specs[index].id.as_str()).collect();
+        store.words.insert("lost".into(), lost.join("\n"));
+        store.words.insert("asked".into(), if self.done { "all" } else { "some" }.into());
+        store.save(file)
     }
 }
 

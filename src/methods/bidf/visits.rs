@@ -159,11 +159,17 @@ impl Bidf<'_> {
         let mut rng = RngStream::new(self.config.seed, "bidf", &teacher.spec().sha, self.rounds);
         let labels = self.config.round.labels(teacher.spec().classes, &mut rng);
         let teacher = teacher.as_ref();
-        let known = Student::remembering((&self.memory, model), trainer, &labels)?;
+        // Read where an estimate asks along what the learner knows already.
+        let guided = teacher.uses_prior() && matches!(self.recovery, Recovery::Shared(_));
+        let known = match guided {
+            true => Student::remembering((&self.memory, model), trainer, &labels)?,
+            false => None,
+        };
         let learners = Learners { against: None, prior: known.as_ref() };
         let (support, told, loss) = self.buy(teacher, &labels, learners, &mut rng, watch)?;
         let student = self.student(trainer, &labels, &support, teacher.spec().classes)?;
-        let learners = Learners { against: student.as_ref(), prior: student.as_ref() };
+        let prior = student.as_ref().or(known.as_ref());
+        let learners = Learners { against: student.as_ref(), prior };
         let (query, more, harder) = self.buy(teacher, &labels, learners, &mut rng, watch)?;
         Ok(Visited {
             model,

@@ -13,7 +13,7 @@ use crate::meta::protonet::first_largest;
 use crate::meta::{Distillation, MetaModel, SoftSupport, Task, Trainer};
 use crate::methods::five::distinct;
 use crate::methods::parts::Memory;
-use crate::tensor::losses::{log_sum_exp, softmax};
+use crate::tensor::losses::{cross_entropy_gradient, log_sum_exp, softmax};
 use crate::tensor::tape::{Order, Tape, Var, vjp};
 use crate::tensor::{Images, RngStream};
 
@@ -153,12 +153,15 @@ impl<'a> Student<'a> {
         labels: &[usize],
     ) -> Result<Option<Self>> {
         let classes = distinct(labels);
+        if classes.len() < 2 {
+            return Ok(None);
+        }
         let (images, found) = memory.newest(model, trainer.config().shot)?;
         let shown: Vec<usize> = (0..found.len()).filter(|&i| classes.contains(&found[i])).collect();
         let slots: Vec<usize> = (shown.iter())
             .filter_map(|&i| classes.iter().position(|&class| class == found[i]))
             .collect();
-        if classes.len() < 2 || (0..classes.len()).any(|slot| !slots.contains(&slot)) {
+        if (0..classes.len()).any(|slot| !slots.contains(&slot)) {
             return Ok(None);
         }
         Self::new(trainer.model(), images.select(&shown), slots, classes).map(Some)
@@ -199,16 +202,16 @@ impl<'a> Student<'a> {
         let tape = Tape::new();
         let [query, logits] = self.answer(&tape, images)?;
         let way = self.classes.len();
-        let mut cotangent = Vec::with_capacity(labels.len() * way);
-        for (row, label) in logits.value().to_vec2::<f32>()?.iter().zip(labels) {
+        let mut cotangent = vec![0.0f32; labels.len() * way];
+        let rows = logits.value().to_vec2::<f32>()?;
+        for ((row, label), out) in rows.iter().zip(labels).zip(cotangent.chunks_exact_mut(way)) {
             let Some(slot) = self.classes.iter().position(|class| class == label) else {
                 return Err(Error::internal(format!(
                     "a learner that was not shown class `{label}`"
                 )));
             };
-            let at = cotangent.len();
-            cotangent.extend(softmax(row).into_iter().map(|p| p / labels.len() as f32));
-            cotangent[at + slot] -= 1.0 / labels.len() as f32;
+            cross_entropy_gradient(row, slot, out);
+            out.iter_mut().for_each(|value| *value /= labels.len() as f32);
         }
         let cotangent = Tensor::from_vec(cotangent, (labels.len(), way), &Device::Cpu)?;
         let own: Var = vjp(&logits, &tape.constant(cotangent), &[&query], Order::First)?.remove(0);
