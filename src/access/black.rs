@@ -316,11 +316,6 @@ impl Teacher for BlackTeacher {
         Ok(ImageGradient { gradient, logits_loss, statistics_loss: 0.0, logits })
     }
 
-    fn uses_prior(&self) -> bool {
-        self.spec.output_kind != OutputKind::Labels
-            && self.options.zero_order.estimator.uses_prior()
-    }
-
     fn queries(&self) -> u64 {
         self.budget.spent()
     }

@@ -34,7 +34,7 @@ pub struct Guide<'a> {
     /// Directions worth asking along, k an image: image i's are `[i k, (i + 1) k)` (a generator's
     /// Jacobian-vector products). Empty for none.
     pub basis: Option<&'a Images>,
-    /// What the gradient may be: it was so a step ago, or is so for another model; same shape as the images.
+    /// What the gradient was a step ago, same shape as the images.
     pub prior: Option<&'a Images>,
 }
 
@@ -138,11 +138,6 @@ pub trait Teacher: Send + Sync {
     ) -> Result<ImageGradient> {
         let _ = guide;
         self.image_gradient(images, objective, rng)
-    }
-
-    /// Whether a [`Guide`]'s prior would change the estimate.
-    fn uses_prior(&self) -> bool {
-        false
     }
 
     /// Pixels `task` says that stay where the model is computed; `None` where each step's gradient

@@ -85,15 +85,6 @@ pub struct MetaGenerator {
     rounds: u64,
 }
 
-/// Learners that were shown images of a teacher's classes before it is visited.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Learners<'a> {
-    /// The one that images are to be hard for.
-    pub against: Option<&'a Student<'a>>,
-    /// The one whose own gradient is asked along first where the teacher's is estimated with a prior (Cheng et al. 2019).
-    pub prior: Option<&'a Student<'a>>,
-}
-
 /// What came of a visit.
 #[derive(Debug)]
 pub struct Visit {
@@ -162,12 +153,11 @@ impl MetaGenerator {
         &self,
         teacher: &dyn Teacher,
         labels: &[usize],
-        learners: Learners<'_>,
+        student: Option<&Student<'_>>,
         rng: &mut RngStream,
         watch: &Watch<'_>,
     ) -> Result<Visit> {
         let config = &self.config;
-        let prior = learners.prior.filter(|_| teacher.uses_prior());
         let latents = self.latents(labels, rng)?;
         let mut clone = Generator::of(self.net, self.weights.clone(), latents);
         let loss = CrossEntropy::new(labels.to_vec());
@@ -181,17 +171,12 @@ impl MetaGenerator {
             let (dy, dx) = (rng.integer_in(-reach, reach), rng.integer_in(-reach, reach));
             let made = clone.step([config.rate, config.latent_rate], |images| {
                 let images = roll(images, dy, dx);
-                let prior = match prior {
-                    Some(learner) => Some(learner.own_gradient(&images, labels)?),
-                    None => None,
-                };
-                let guide = Guide { basis: None, prior: prior.as_ref() };
-                let found = match learners.against {
+                let found = match student {
                     Some(student) if config.boundary > 0.0 => {
                         let wanted = (&objective, config.boundary);
-                        student.image_gradient(teacher, &images, wanted, &guide, rng)?
+                        student.image_gradient(teacher, &images, wanted, &Guide::default(), rng)?
                     }
-                    _ => teacher.guided_gradient(&images, &objective, &guide, rng)?,
+                    _ => teacher.image_gradient(&images, &objective, rng)?,
                 };
                 last = RecoverIteration {
                     step: step + 1,

@@ -233,10 +233,20 @@ impl<'a> Free<'a> {
         model: usize,
         labels: &[usize],
     ) -> Result<Option<Student<'t>>> {
-        if self.generator.config().boundary <= 0.0 {
+        let classes = distinct(labels);
+        if self.generator.config().boundary <= 0.0 || classes.len() < 2 {
             return Ok(None);
         }
-        Student::remembering((&self.memory, model), trainer, labels)
+        let (images, found) = self.memory.newest(model, trainer.config().shot)?;
+        let of_visit: Vec<usize> =
+            (0..found.len()).filter(|&i| classes.contains(&found[i])).collect();
+        let slots: Vec<usize> = (of_visit.iter())
+            .filter_map(|&i| classes.iter().position(|&class| class == found[i]))
+            .collect();
+        if (0..classes.len()).any(|slot| !slots.contains(&slot)) {
+            return Ok(None);
+        }
+        Student::new(trainer.model(), images.select(&of_visit), slots, classes).map(Some)
     }
 
     /// A round of visits; what they made is kept unless the generator is still warming up.

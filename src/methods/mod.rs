@@ -20,7 +20,7 @@ pub use bidf::{
     Bidf, BidfConfig, BidfEvent, BidfRound, BoundaryConfig, Levels, Recovery, ReplayConfig,
 };
 pub use eci::{Eci, EciConfig, EciStep, Hardening};
-pub use five::{FiveConfig, Learners, MetaGenerator, MetaGradient, Visit};
+pub use five::{FiveConfig, MetaGenerator, MetaGradient, Visit};
 pub use free::{Align, Free, FreeConfig, FreeEvent, Inner, Keep};
 pub use generate::GenerateConfig;
 pub use invert::InvertConfig;

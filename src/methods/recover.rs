@@ -12,7 +12,7 @@ use crate::meta::protonet::first_largest;
 use crate::tensor::{Images, RngStream, TensorStore};
 use crate::zoo::{Access, ModelSpec};
 
-use super::five::{Learners, MetaGenerator};
+use super::five::MetaGenerator;
 use super::generate::{GenerateConfig, generate};
 use super::invert::{InvertConfig, invert};
 use super::parts::{ModelImages, Naming};
@@ -224,8 +224,7 @@ impl Via<'_> {
             }
             (Self::Five(generator), _) => {
                 let mut rng = RngStream::new(seed, "five", &spec.sha, block);
-                let visit =
-                    generator.visit(teacher, labels, Learners::default(), &mut rng, watch)?;
+                let visit = generator.visit(teacher, labels, None, &mut rng, watch)?;
                 Ok((visit.images, RecoverStop::Done))
             }
         }

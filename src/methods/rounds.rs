@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::five::{Learners, MetaGenerator, Visit};
+use super::five::{MetaGenerator, Visit};
 use super::parts::{OpenTeachers, Student};
 use super::recover::Watch;
 use crate::error::{Error, ErrorKind, Result};
@@ -125,8 +125,7 @@ impl MetaGenerator {
         let mut rng = RngStream::new(config.seed, "five", &teacher.spec().sha, number);
         let labels = config.labels(teacher.spec().classes, &mut rng);
         let student = student(model, &labels)?;
-        let learners = Learners { against: student.as_ref(), prior: student.as_ref() };
-        let visit = self.visit(teacher.as_ref(), &labels, learners, &mut rng, watch)?;
+        let visit = self.visit(teacher.as_ref(), &labels, student.as_ref(), &mut rng, watch)?;
         Ok(Visited { model, labels, visit, answers: Vec::new() })
     }
 }

@@ -9,7 +9,7 @@ use metazoa::access::{
 use metazoa::meta::{Backbone, BnMode, InnerLoop, InnerOrder, Learner, MetaModel};
 use metazoa::methods::parts::{CrossEntropy, OpenTeachers, Student};
 use metazoa::methods::{
-    FiveConfig, Learners, MetaGenerator, MetaGradient, Opener, RoundConfig, Visit, Watch, draw,
+    FiveConfig, MetaGenerator, MetaGradient, Opener, RoundConfig, Visit, Watch, draw,
 };
 use metazoa::onnx;
 use metazoa::tensor::{Images, RngStream, TensorStore};
@@ -84,7 +84,7 @@ fn visit(generator: &MetaGenerator, name: &str) -> Visit {
     let watch = Watch { observe: &|_| {}, interrupt: &GOING };
     let labels: Vec<usize> = (0..15).map(|i| i / 3).collect();
     let mut rng = RngStream::new(9, "test", name, 0);
-    generator.visit(&teacher(name), &labels, Learners::default(), &mut rng, &watch).unwrap()
+    generator.visit(&teacher(name), &labels, None, &mut rng, &watch).unwrap()
 }
 
 fn statistics(generator: &MetaGenerator) -> f64 {
@@ -270,44 +270,6 @@ fn the_boundary_term_is_differentiated_through_teacher_and_student() {
     }
 }
 
-/// What a learner says of a teacher's classes on its own: against central differences of its cross-entropy.
-#[test]
-fn a_learners_own_gradient_is_that_of_its_cross_entropy() {
-    let model = MetaModel::from(Backbone::conv4(8, 3).unwrap());
-    let mut rng = RngStream::new(4, "own", "", 0);
-    let mut drawn = |n: usize| {
-        let values = (0..n * 3 * 32 * 32).map(|_| rng.uniform()).collect();
-        Images::new(values, [n, 3, 32, 32]).unwrap()
-    };
-    let (support, images) = (drawn(6), drawn(3));
-    let (slots, classes) = (vec![0, 0, 1, 1, 2, 2], vec![4, 0, 2]);
-    let student = Student::new(&model, support.clone(), slots.clone(), classes).unwrap();
-    let (labels, wanted) = ([2, 4, 0], [2, 0, 1]);
-    let gradient = student.own_gradient(&images, &labels).unwrap();
-    let value = |images: &Images| -> f64 {
-        let answer = model.classify(&support, &slots, images, 3, BnMode::Batch).unwrap();
-        let rows = answer.logits.chunks(3).zip(wanted);
-        let loss = |(row, wanted): (&[f32], usize)| {
-            let scaled = row.iter().map(|v| f64::from(*v) * scale(&model));
-            let scaled: Vec<f64> = scaled.collect();
-            scaled.iter().map(|v| v.exp()).sum::<f64>().ln() - scaled[wanted]
-        };
-        rows.map(loss).sum::<f64>() / 3.0
-    };
-    let length: f64 = gradient.data().iter().map(|g| f64::from(g * g)).sum::<f64>();
-    let step = 1e-2 / length.sqrt();
-    let moved = |sign: f64| {
-        let mut images = images.clone();
-        for (pixel, g) in images.data_mut().iter_mut().zip(gradient.data()) {
-            *pixel += (sign * step * f64::from(*g)) as f32;
-        }
-        value(&images)
-    };
-    let slope = (moved(1.0) - moved(-1.0)) / (2.0 * step);
-    assert!((slope - length).abs() < 0.02 * length, "{slope} {length}");
-    assert!(student.own_gradient(&images, &[2, 4, 1]).is_err(), "class 1 was never shown");
-}
-
 /// ProtoNet's factor of training: 1 / dimension of the embedding would be a guess, so it is measured.
 fn scale(model: &MetaModel) -> f64 {
     let dim = model.backbone().embedding_dim(32, 32).unwrap();
@@ -419,13 +381,7 @@ fn recovery_by_five_serves_other_methods_too() {
     let watch = Watch { observe: &|_| {}, interrupt: &interrupted };
     let stopped = MetaGenerator::new(config())
         .unwrap()
-        .visit(
-            &teacher(THREE[0]),
-            &[0, 1],
-            Learners::default(),
-            &mut RngStream::new(0, "t", "", 0),
-            &watch,
-        )
+        .visit(&teacher(THREE[0]), &[0, 1], None, &mut RngStream::new(0, "t", "", 0), &watch)
         .unwrap_err();
     assert_eq!(stopped.kind(), ErrorKind::Interrupted);
 }

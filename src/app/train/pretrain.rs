@@ -106,9 +106,9 @@ impl Work<'_> {
         let teachers = OpenTeachers::new(&open);
         let mut failed: Vec<(usize, Error)> = Vec::new();
         let mut wanted = vec![0; specs.len()];
-        for index in 0..specs.len() {
+        for (index, wanted) in wanted.iter_mut().enumerate() {
             match teachers.get(index) {
-                Ok(teacher) => wanted[index] = self.wanted(teacher.as_ref(), &queries),
+                Ok(teacher) => *wanted = self.wanted(teacher.as_ref(), &queries),
                 Err(error) => failed.push((index, error)),
             }
         }

@@ -6,7 +6,7 @@ use super::{Bidf, BidfRound, BoundaryConfig, Levels, Recovery};
 use crate::access::Teacher;
 use crate::error::{Error, ErrorKind, Result};
 use crate::meta::{Episode, Lesson, Trainer};
-use crate::methods::five::{Learners, distinct};
+use crate::methods::five::distinct;
 use crate::methods::generate::{Against, generate};
 use crate::methods::parts::{Remembered, Student};
 use crate::methods::recover::Watch;
@@ -131,18 +131,18 @@ impl Bidf<'_> {
         &self,
         teacher: &dyn Teacher,
         labels: &[usize],
-        learners: Learners<'_>,
+        student: Option<&Student<'_>>,
         rng: &mut RngStream,
         watch: &Watch<'_>,
     ) -> Result<(Bought, Vec<candle_core::Tensor>, f64)> {
         let (images, told, loss) = match &self.recovery {
             Recovery::Shared(generator) => {
-                let visit = generator.visit(teacher, labels, learners, rng, watch)?;
+                let visit = generator.visit(teacher, labels, student, rng, watch)?;
                 (visit.images, visit.told, visit.last.loss)
             }
             Recovery::Fresh(config) => {
                 let weight = self.config.boundary.weight;
-                let against = learners.against.map(|student| Against { student, weight });
+                let against = student.map(|student| Against { student, weight });
                 let size = self.config.image_size;
                 let fresh = RngStream::new(rng.next_u64(), "generate", &teacher.spec().sha, 0);
                 let made = generate(teacher, labels, size, config, against, fresh, watch)?;
@@ -158,19 +158,10 @@ impl Bidf<'_> {
         let teacher = self.teachers.get(model)?;
         let mut rng = RngStream::new(self.config.seed, "bidf", &teacher.spec().sha, self.rounds);
         let labels = self.config.round.labels(teacher.spec().classes, &mut rng);
-        let teacher = teacher.as_ref();
-        // Read where an estimate asks along what the learner knows already.
-        let guided = teacher.uses_prior() && matches!(self.recovery, Recovery::Shared(_));
-        let known = match guided {
-            true => Student::remembering((&self.memory, model), trainer, &labels)?,
-            false => None,
-        };
-        let learners = Learners { against: None, prior: known.as_ref() };
-        let (support, told, loss) = self.buy(teacher, &labels, learners, &mut rng, watch)?;
+        let (support, told, loss) = self.buy(teacher.as_ref(), &labels, None, &mut rng, watch)?;
         let student = self.student(trainer, &labels, &support, teacher.spec().classes)?;
-        let prior = student.as_ref().or(known.as_ref());
-        let learners = Learners { against: student.as_ref(), prior };
-        let (query, more, harder) = self.buy(teacher, &labels, learners, &mut rng, watch)?;
+        let (query, more, harder) =
+            self.buy(teacher.as_ref(), &labels, student.as_ref(), &mut rng, watch)?;
         Ok(Visited {
             model,
             labels,

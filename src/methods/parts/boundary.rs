@@ -10,10 +10,8 @@ use candle_core::{Device, Tensor};
 use crate::access::{Guide, ImageGradient, LogitsLoss, Objective, Teacher};
 use crate::error::{Error, Result};
 use crate::meta::protonet::first_largest;
-use crate::meta::{Distillation, MetaModel, SoftSupport, Task, Trainer};
-use crate::methods::five::distinct;
-use crate::methods::parts::Memory;
-use crate::tensor::losses::{cross_entropy_gradient, log_sum_exp, softmax};
+use crate::meta::{Distillation, MetaModel, SoftSupport, Task};
+use crate::tensor::losses::{log_sum_exp, softmax};
 use crate::tensor::tape::{Order, Tape, Var, vjp};
 use crate::tensor::{Images, RngStream};
 
@@ -142,31 +140,6 @@ impl<'a> Student<'a> {
         Ok(Self { model, support, labels, classes, answers, distance })
     }
 
-    /// The meta-model of `trainer` as it answers after what a memory has of a teacher's classes among `labels`, its newest
-    /// images; `None` of fewer than two classes, or where one was never made.
-    ///
-    /// # Errors
-    /// When the disk cannot be read.
-    pub fn remembering(
-        (memory, model): (&Memory, usize),
-        trainer: &'a Trainer,
-        labels: &[usize],
-    ) -> Result<Option<Self>> {
-        let classes = distinct(labels);
-        if classes.len() < 2 {
-            return Ok(None);
-        }
-        let (images, found) = memory.newest(model, trainer.config().shot)?;
-        let shown: Vec<usize> = (0..found.len()).filter(|&i| classes.contains(&found[i])).collect();
-        let slots: Vec<usize> = (shown.iter())
-            .filter_map(|&i| classes.iter().position(|&class| class == found[i]))
-            .collect();
-        if (0..classes.len()).any(|slot| !slots.contains(&slot)) {
-            return Ok(None);
-        }
-        Self::new(trainer.model(), images.select(&shown), slots, classes).map(Some)
-    }
-
     /// The same, taught by the teacher's `answers` to its support, logits `[n, way]`.
     #[must_use]
     pub fn taught(self, answers: Vec<f32>, how: Distillation) -> Self {
@@ -177,45 +150,6 @@ impl<'a> Student<'a> {
     #[must_use]
     pub fn at(self, distance: Distance) -> Self {
         Self { distance, ..self }
-    }
-
-    /// `images` as a leaf of `tape`, and the learner's logits for them `[n, way]`.
-    fn answer(&self, tape: &Tape, images: &Images) -> Result<[Var; 2]> {
-        let place = |images: &Images| -> Result<Tensor> {
-            Ok(Tensor::from_slice(images.data(), &images.shape(), &Device::Cpu)?)
-        };
-        let (support, query) = (tape.constant(place(&self.support)?), tape.leaf(place(images)?));
-        let both = Var::concat(&[&support, &query], 0)?;
-        let mut task = Task::new(&both, &self.labels, self.classes.len());
-        let answers = self.answers.as_ref();
-        task.soft = answers.map(|(logits, how)| SoftSupport { logits, how: *how });
-        let logits = self.model.respond(tape, task)?;
-        Ok([query, logits])
-    }
-
-    /// Gradient to `images` of its own mean cross-entropy to `labels`, classes of the teacher: where the teacher's may lie.
-    /// No query is spent.
-    ///
-    /// # Errors
-    /// When a label is of no class that it was shown, and when it cannot be differentiated to its queries.
-    pub fn own_gradient(&self, images: &Images, labels: &[usize]) -> Result<Images> {
-        let tape = Tape::new();
-        let [query, logits] = self.answer(&tape, images)?;
-        let way = self.classes.len();
-        let mut cotangent = vec![0.0f32; labels.len() * way];
-        let rows = logits.value().to_vec2::<f32>()?;
-        for ((row, label), out) in rows.iter().zip(labels).zip(cotangent.chunks_exact_mut(way)) {
-            let Some(slot) = self.classes.iter().position(|class| class == label) else {
-                return Err(Error::internal(format!(
-                    "a learner that was not shown class `{label}`"
-                )));
-            };
-            cross_entropy_gradient(row, slot, out);
-            out.iter_mut().for_each(|value| *value /= labels.len() as f32);
-        }
-        let cotangent = Tensor::from_vec(cotangent, (labels.len(), way), &Device::Cpu)?;
-        let own: Var = vjp(&logits, &tape.constant(cotangent), &[&query], Order::First)?.remove(0);
-        Images::new(own.value().flatten_all()?.to_vec1::<f32>()?, images.shape())
     }
 
     /// Gradient to `images` of `wanted` on the teacher's logits (and its statistics), less `weight` times the
@@ -232,7 +166,16 @@ impl<'a> Student<'a> {
         rng: &mut RngStream,
     ) -> Result<ImageGradient> {
         let tape = Tape::new();
-        let [query, logits] = self.answer(&tape, images)?;
+        let place = |images: &Images| -> Result<Tensor> {
+            Ok(Tensor::from_slice(images.data(), &images.shape(), &Device::Cpu)?)
+        };
+        let (support, query) = (tape.constant(place(&self.support)?), tape.leaf(place(images)?));
+        let way = self.classes.len();
+        let both = Var::concat(&[&support, &query], 0)?;
+        let mut task = Task::new(&both, &self.labels, way);
+        let answers = self.answers.as_ref();
+        task.soft = answers.map(|(logits, how)| SoftSupport { logits, how: *how });
+        let logits = self.model.respond(&tape, task)?;
         let distance = self.distance;
         let student: Vec<f32> = (logits.value().to_vec2::<f32>()?.into_iter())
             .flat_map(|row| distance.scores(row))
