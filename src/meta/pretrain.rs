@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use super::augment::{Augmentation, Draw};
 use super::backbone::{Backbone, BnMode, Parameter};
 use super::learner::linear;
-use super::train::half_cosine;
+use super::train::{half_cosine, read_moments, write_moments};
 use crate::error::{Error, Result};
 use crate::tensor::lists::all_finite;
 use crate::tensor::losses::softmax;
@@ -100,6 +100,11 @@ impl Pretrainer {
         Ok(Self { config, backbone, heads, adam, step: 0 })
     }
 
+    /// All that is trained: the backbone's parameters, then the heads'.
+    fn parameters(&self) -> impl Iterator<Item = &Parameter> {
+        self.backbone.parameters().iter().chain(&self.heads)
+    }
+
     /// Steps done.
     pub fn step(&self) -> u64 {
         self.step
@@ -145,8 +150,7 @@ impl Pretrainer {
             return Ok(None);
         }
         let rate = half_cosine(config.learning_rate, self.step, config.steps);
-        let own = self.backbone.parameters().iter().chain(&self.heads);
-        let mut values: Vec<Tensor> = own.map(|p| p.value.clone()).collect();
+        let mut values: Vec<Tensor> = self.parameters().map(|p| p.value.clone()).collect();
         self.adam.step_tensors(rate, &mut values, &gradients)?;
         let heads = values.split_off(self.backbone.parameters().len());
         self.heads.iter_mut().zip(heads).for_each(|(head, value)| head.value = value);
@@ -167,12 +171,7 @@ impl Pretrainer {
             let values = head.value.flatten_all()?.to_vec1::<f32>()?;
             store.insert(&head.name, head.value.dims(), values);
         }
-        let (first, second) = self.adam.moments();
-        for (at, parameter) in self.backbone.parameters().iter().chain(&self.heads).enumerate() {
-            let dims = parameter.value.dims();
-            store.insert(format!("adam.first.{}", parameter.name), dims, first[at].clone());
-            store.insert(format!("adam.second.{}", parameter.name), dims, second[at].clone());
-        }
+        write_moments(&self.adam, self.parameters(), &mut store);
         store.words.insert("pretrain.step".into(), self.step.to_string());
         store.words.insert("pretrain.config".into(), format!("{:?}", self.config));
         Ok(store)
@@ -193,20 +192,13 @@ impl Pretrainer {
                 .hint("resume with the configuration of that run, or start a new run"));
         }
         let mut own = Self::new(config, Backbone::read_from(store)?, image_size, classes)?;
-        let (mut first, mut second) = (Vec::new(), Vec::new());
-        for parameter in own.backbone.parameters().iter().chain(&own.heads) {
-            for (what, moments) in [("first", &mut first), ("second", &mut second)] {
-                let name = format!("adam.{what}.{}", parameter.name);
-                moments.push(store.tensor(&name, parameter.value.dims())?.to_vec());
-            }
-        }
+        own.step = store.number("pretrain.step")?;
+        own.adam = read_moments(own.step, own.parameters(), store)?;
         for head in &mut own.heads {
             let dims = head.value.dims();
             let values = store.tensor(&head.name, dims)?.to_vec();
             head.value = Tensor::from_vec(values, dims, &Device::Cpu)?;
         }
-        own.step = store.number("pretrain.step")?;
-        own.adam = Adam::restore(AdamOptions::STANDARD, own.step, first, second)?;
         Ok(own)
     }
 }

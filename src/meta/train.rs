@@ -12,7 +12,7 @@ use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
 use super::augment::{Augmentation, Draw};
-use super::backbone::{Backbone, BnMode};
+use super::backbone::{Backbone, BnMode, Parameter};
 use super::drawn::Beside;
 use super::early_stop::{Checks, EarlyStop, Samplers};
 use super::episodes::{ClassSource, Episode};
@@ -76,6 +76,36 @@ impl TrainConfig {
 pub(super) fn half_cosine(rate: f64, step: u64, steps: u64) -> f64 {
     let done = step as f64 / steps.max(1) as f64;
     rate * 0.5 * (1.0 + (std::f64::consts::PI * done).cos())
+}
+
+/// Writes the moments of an optimiser of `parameters`.
+pub(super) fn write_moments<'a>(
+    adam: &Adam,
+    parameters: impl Iterator<Item = &'a Parameter>,
+    store: &mut TensorStore,
+) {
+    let (first, second) = adam.moments();
+    for ((parameter, first), second) in parameters.zip(first).zip(second) {
+        let dims = parameter.value.dims();
+        store.insert(format!("adam.first.{}", parameter.name), dims, first.clone());
+        store.insert(format!("adam.second.{}", parameter.name), dims, second.clone());
+    }
+}
+
+/// The optimiser that [`write_moments`] wrote, after `steps`.
+pub(super) fn read_moments<'a>(
+    steps: u64,
+    parameters: impl Iterator<Item = &'a Parameter>,
+    store: &TensorStore,
+) -> Result<Adam> {
+    let (mut first, mut second) = (Vec::new(), Vec::new());
+    for parameter in parameters {
+        for (what, moments) in [("first", &mut first), ("second", &mut second)] {
+            let name = format!("adam.{what}.{}", parameter.name);
+            moments.push(store.tensor(&name, parameter.value.dims())?.to_vec());
+        }
+    }
+    Adam::restore(AdamOptions::STANDARD, steps, first, second)
 }
 
 /// Where one call of [`Trainer::run`] ends early.
@@ -295,12 +325,7 @@ impl Trainer {
     pub fn to_store(&self) -> Result<TensorStore> {
         let mut store = TensorStore::default();
         self.model.write_to(&mut store)?;
-        let (first, second) = self.adam.moments();
-        for (at, parameter) in self.model.parameters().enumerate() {
-            let dims = parameter.value.dims();
-            store.insert(format!("adam.first.{}", parameter.name), dims, first[at].clone());
-            store.insert(format!("adam.second.{}", parameter.name), dims, second[at].clone());
-        }
+        write_moments(&self.adam, self.model.parameters(), &mut store);
         store.words.insert("step".into(), self.step.to_string());
         store.words.insert("adam.steps".into(), self.adam.steps().to_string());
         store.words.insert("config".into(), format!("{:?}", self.config));
@@ -322,21 +347,7 @@ impl Trainer {
             ))
             .hint("resume with the configuration of that run, or start a new run"));
         }
-        let moments = |what: &str| -> Result<Vec<Vec<f32>>> {
-            model
-                .parameters()
-                .map(|p| {
-                    let name = format!("adam.{what}.{}", p.name);
-                    Ok(store.tensor(&name, p.value.dims())?.to_vec())
-                })
-                .collect()
-        };
-        let adam = Adam::restore(
-            AdamOptions::STANDARD,
-            store.number("adam.steps")?,
-            moments("first")?,
-            moments("second")?,
-        )?;
+        let adam = read_moments(store.number("adam.steps")?, model.parameters(), store)?;
         let checks = Checks::read_from(store)?;
         Ok(Self { config, adam, step: store.number("step")?, model, checks, beside: None })
     }

@@ -164,6 +164,14 @@ impl TensorStore {
         let bytes = std::fs::read(path).map_err(|e| Error::io(path, &e))?;
         Self::from_bytes(&bytes).context(|| format!("`{}`", path.display()))
     }
+
+    /// The same; nothing where there is no such file.
+    ///
+    /// # Errors
+    /// As [`TensorStore::load`] of a file that is there.
+    pub fn load_if_there(path: &Path) -> Result<Option<Self>> {
+        path.exists().then(|| Self::load(path)).transpose()
+    }
 }
 
 /// A temporary file that others may read once it has its name, as far as the umask allows.

@@ -25,11 +25,10 @@ impl Work<'_> {
         let begin = Instant::now();
         let config = settings::five_config(self.config);
         let file = self.run.generator();
-        let mut generator = match TensorStore::load(&file) {
-            Ok(store) => MetaGenerator::read_from(config, &store)
+        let mut generator = match TensorStore::load_if_there(&file)? {
+            Some(store) => MetaGenerator::read_from(config, &store)
                 .map_err(|error| error.context(format!("`{}`", file.display())))?,
-            Err(_) if !file.exists() => MetaGenerator::new(config)?,
-            Err(error) => return Err(error),
+            None => MetaGenerator::new(config)?,
         };
         let rounds = self.config.five.rounds;
         let stage = self.context.progress.stage("meta-generator", Some(rounds));

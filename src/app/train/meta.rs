@@ -172,7 +172,7 @@ impl Work<'_> {
     /// The trainer of the newest checkpoint, with all that is in it, or an untrained one.
     pub(super) fn trainer(&self) -> Result<(Trainer, Option<TensorStore>)> {
         let (mut trainer, store) = self.bare_trainer()?;
-        self.draw_from(&mut trainer)?;
+        self.draw_from(&mut trainer, None)?;
         Ok((trainer, store))
     }
 

@@ -42,7 +42,7 @@ impl Work<'_> {
         // What cannot be drawn from is said before anything is trained or recovered.
         let mut model = settings::undistilled_model(self.run, self.config)?;
         let config = settings::train_config(self.config);
-        self.draw_from(&mut Trainer::new(config, model.clone()))?;
+        self.draw_from(&mut Trainer::new(config, model.clone()), Some(&answers))?;
         let answers: Vec<Answers> = answers.into_iter().filter(|all| !all.is_empty()).collect();
         let pretrainer = self.distil(model.backbone().clone(), &drawings, &answers)?;
         *model.backbone_mut() = pretrainer.backbone().clone();
@@ -50,14 +50,23 @@ impl Work<'_> {
         Ok(begin.elapsed().as_secs_f64())
     }
 
-    /// Lets a trainer draw some of its episodes from the drawings, where the settings say so.
-    pub(super) fn draw_from(&self, trainer: &mut Trainer) -> Result<()> {
+    /// Lets a trainer draw some of its episodes from the drawings, where the settings say so, by what the models
+    /// answered (`None`: as it was kept).
+    pub(super) fn draw_from(
+        &self,
+        trainer: &mut Trainer,
+        answers: Option<&[Answers]>,
+    ) -> Result<()> {
         let share = self.config.pretrain.episode_share;
         let idle = self.config.method == Method::BidfMkd && self.config.bidf.replay.is_none();
         if self.config.meta.start != MetaStart::Distilled || share <= 0.0 || idle {
             return Ok(());
         }
-        trainer.also_from(self.drawn_classes()?, share).map_err(|error| {
+        let classes = match answers {
+            Some(answers) => DrawnClasses::new(self.drawings(), answers),
+            None => DrawnClasses::new(self.drawings(), &self.kept_answers()?),
+        };
+        trainer.also_from(classes, share).map_err(|error| {
             Error::input(format!("too few drawings that models are sure of: {error}"))
                 .hint("raise `pretrain.images`, or set `pretrain.episode_share: 0`")
         })
@@ -71,16 +80,13 @@ impl Work<'_> {
         self.run.pretrain().join("answers.safetensors")
     }
 
-    /// The drawings as classes, by what the models answered.
-    fn drawn_classes(&self) -> Result<DrawnClasses> {
+    fn kept_answers(&self) -> Result<Vec<Answers>> {
         let store = TensorStore::load(&self.answers_file())?;
-        let answers = (store.tensors.values())
-            .map(|own| Answers {
-                classes: own.shape.last().copied().unwrap_or_default(),
-                logits: own.data.clone(),
-            })
-            .collect::<Vec<_>>();
-        Ok(DrawnClasses::new(self.drawings(), &answers))
+        let own = store.tensors.into_values().map(|own| Answers {
+            classes: own.shape.last().copied().unwrap_or_default(),
+            logits: own.data,
+        });
+        Ok(own.collect())
     }
 
     /// What each model answers, as far as its budget goes; what an earlier call was told is not asked again. A model that
@@ -192,11 +198,10 @@ impl Work<'_> {
         let (steps, size) = (config.steps, self.config.image_size);
         let classes = answers.iter().map(|teacher| teacher.classes).sum();
         let file = self.run.pretrain().join("state.safetensors");
-        let mut pretrainer = match TensorStore::load(&file) {
-            Ok(store) => Pretrainer::from_store(config, size, classes, &store)
+        let mut pretrainer = match TensorStore::load_if_there(&file)? {
+            Some(store) => Pretrainer::from_store(config, size, classes, &store)
                 .map_err(|error| error.context(format!("`{}`", file.display())))?,
-            Err(_) if !file.exists() => Pretrainer::new(config, fresh, size, classes)?,
-            Err(error) => return Err(error),
+            None => Pretrainer::new(config, fresh, size, classes)?,
         };
         let stage = self.context.progress.stage("pretrain", Some(steps));
         stage.advance(pretrainer.step());
@@ -249,11 +254,10 @@ impl Asked {
     /// What [`Asked::save`] wrote; nothing where there is no such file.
     fn read(file: &Path, specs: &[ModelSpec]) -> Result<Self> {
         let none = |spec: &ModelSpec| Answers { classes: spec.classes, logits: Vec::new() };
-        if !file.exists() {
+        let Some(store) = TensorStore::load_if_there(file)? else {
             let answers = specs.iter().map(none).collect();
             return Ok(Self { answers, lost: BTreeSet::new(), done: false });
-        }
-        let store = TensorStore::load(file)?;
+        };
         let other = |id: &str| {
             Error::input(format!("no answers of model `{id}` in `{}`", file.display()))
                 .hint("the run folder was changed; start a new run")
