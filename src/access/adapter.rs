@@ -10,6 +10,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use half::f16;
+use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::tensor::Images;
@@ -133,34 +134,59 @@ impl Adapter {
     /// # Errors
     /// As [`Adapter::forward`].
     pub fn forward_part(&self, images: &Images, part: Range<usize>) -> Result<Vec<f32>> {
-        let resize = self.resize(images.shape())?;
-        // One loop each, so that the compiler makes vectors of it.
-        Ok(match self.dtype {
-            ElementType::Uint8 => {
-                self.mapped(images, part, &resize, |x| x.round().clamp(0.0, 255.0))
-            }
-            ElementType::Float16 => {
-                self.mapped(images, part, &resize, |x| f16::from_f32(x).to_f32())
-            }
-            ElementType::Float32 | ElementType::Float64 => {
-                self.mapped(images, part, &resize, |x| x)
-            }
-        })
+        let mut input = vec![0.0; part.len() * self.stride()];
+        self.forward_into(images, part, &mut input)?;
+        Ok(input)
     }
 
-    fn mapped(
+    /// As [`Adapter::forward_part`], into `input`; what it holds beyond those images is filled with the last of them.
+    ///
+    /// # Errors
+    /// As [`Adapter::forward`], and when `input` has no room for them.
+    pub fn forward_into(
+        &self,
+        images: &Images,
+        part: Range<usize>,
+        input: &mut [f32],
+    ) -> Result<()> {
+        let resize = self.resize(images.shape())?;
+        let count = part.len() * self.stride();
+        if count == 0 || input.len() < count || part.end > images.len() {
+            let found = input.len();
+            let text = format!("images `{part:?}` of {} for {found} input values", images.len());
+            return Err(Error::internal(text));
+        }
+        let (own, rest) = input.split_at_mut(count);
+        // One loop each, so that the compiler makes vectors of it.
+        match self.dtype {
+            ElementType::Uint8 => {
+                self.map(images, part, &resize, own, |x| x.round().clamp(0.0, 255.0));
+            }
+            ElementType::Float16 => {
+                self.map(images, part, &resize, own, |x| f16::from_f32(x).to_f32());
+            }
+            ElementType::Float32 | ElementType::Float64 => {
+                self.map(images, part, &resize, own, |x| x);
+            }
+        }
+        let last = &own[count - self.stride()..];
+        rest.chunks_exact_mut(self.stride()).for_each(|to| to.copy_from_slice(last));
+        Ok(())
+    }
+
+    fn map(
         &self,
         images: &Images,
         part: Range<usize>,
         resize: &Resize,
-        round: impl Fn(f32) -> f32,
-    ) -> Vec<f32> {
-        let (c, pixels) = (self.channels.len(), self.height * self.width);
-        let mut out = vec![0.0; part.len() * c * pixels];
+        out: &mut [f32],
+        round: impl Fn(f32) -> f32 + Sync,
+    ) {
+        let pixels = self.height * self.width;
         let (channel_step, pixel_step) = self.steps();
-        let mut rows = Vec::new();
-        let mut resized = vec![0.0; if resize.is_identity() { 0 } else { pixels }];
-        for (index, target) in part.zip(out.chunks_exact_mut(c * pixels)) {
+        out.par_chunks_exact_mut(self.stride()).zip(part).for_each(|(target, index)| {
+            let mut rows = Vec::new();
+            let mut resized = vec![0.0; if resize.is_identity() { 0 } else { pixels }];
             let image = images.image(index);
             for (channel, &mix) in self.channels.iter().enumerate() {
                 let mixed = mixed(image, mix);
@@ -180,8 +206,12 @@ impl Adapter {
                     target.zip(values).for_each(|(out, value)| *out = value);
                 }
             }
-        }
-        out
+        });
+    }
+
+    /// Values of one image's input.
+    fn stride(&self) -> usize {
+        self.channels.len() * self.height * self.width
     }
 
     /// Gradient to the canonical images (`image_shape` = `[n, 3, height, width]`) from the gradient to
@@ -190,39 +220,59 @@ impl Adapter {
     /// # Errors
     /// When `d_input` does not hold the gradient of `n` inputs, or the images are not canonical.
     pub fn backward(&self, d_input: &[f32], image_shape: [usize; 4]) -> Result<Images> {
+        let mut images = Images::zeros(image_shape);
+        self.backward_into(d_input, image_shape, images.data_mut())?;
+        Ok(images)
+    }
+
+    /// As [`Adapter::backward`], added to `d_images`.
+    ///
+    /// # Errors
+    /// As [`Adapter::backward`].
+    pub fn backward_into(
+        &self,
+        d_input: &[f32],
+        image_shape: [usize; 4],
+        d_images: &mut [f32],
+    ) -> Result<()> {
         let resize = self.resize(image_shape)?;
-        let [n, _, h, w] = image_shape;
-        let (c, pixels) = (self.channels.len(), self.height * self.width);
-        if d_input.len() != n * c * pixels {
+        let [n, channels, h, w] = image_shape;
+        let stride = channels * h * w;
+        if d_input.len() != n * self.stride() || d_images.len() != n * stride {
             return Err(Error::internal(format!(
                 "gradient of `{}` values for inputs of shape {:?}",
                 d_input.len(),
                 self.input_shape(n)
             )));
         }
-        let mut images = Images::zeros(image_shape);
         let (channel_step, pixel_step) = self.steps();
-        let mut rows = Vec::new();
-        let mut plane = vec![0.0; pixels];
-        let mut d_mixed = vec![0.0; h * w];
-        let stride = images.stride();
-        for (source, target) in
-            d_input.chunks_exact(c * pixels).zip(images.data_mut().chunks_exact_mut(stride))
-        {
+        let each = |(source, target): (&[f32], &mut [f32])| {
+            let mut rows = Vec::new();
+            let mut plane = vec![0.0; self.height * self.width];
+            let mut d_mixed = vec![0.0; if resize.is_identity() { 0 } else { h * w }];
             for (channel, &mix) in self.channels.iter().enumerate() {
                 let scale = self.scale[channel];
                 let values = source[channel * channel_step..].iter().step_by(pixel_step);
                 for (x, &value) in plane.iter_mut().zip(values) {
                     *x = scale * value;
                 }
-                resize.backward(&plane, &mut rows, &mut d_mixed);
+                let d_mixed = if resize.is_identity() {
+                    &plane
+                } else {
+                    resize.backward(&plane, &mut rows, &mut d_mixed);
+                    &d_mixed
+                };
                 for (index, weight) in shares(mix) {
                     let plane = &mut target[index * h * w..(index + 1) * h * w];
-                    plane.iter_mut().zip(&d_mixed).for_each(|(out, &d)| *out += weight * d);
+                    plane.iter_mut().zip(d_mixed).for_each(|(out, &d)| *out += weight * d);
                 }
             }
-        }
-        Ok(images)
+        };
+        d_input
+            .par_chunks_exact(self.stride())
+            .zip(d_images.par_chunks_exact_mut(stride))
+            .for_each(each);
+        Ok(())
     }
 
     /// The same map for kernels that compute it on a device; `None` where its rounding is not there.

@@ -261,13 +261,6 @@ impl WhiteTeacher {
     }
 }
 
-/// `images[start..start + n]`, the last image repeated to fill `n`.
-fn filled(images: &Images, start: usize, n: usize) -> Images {
-    let last = images.len() - 1;
-    let indices: Vec<usize> = (start..start + n).map(|i| i.min(last)).collect();
-    images.select(&indices)
-}
-
 impl Teacher for WhiteTeacher {
     fn spec(&self) -> &ModelSpec {
         &self.spec
@@ -282,19 +275,22 @@ impl Teacher for WhiteTeacher {
             // A short last batch is filled up rather than compiled for.
             let size = if start > 0 || images.len() > LOGITS_BATCH { LOGITS_BATCH } else { n };
             let compiled = self.compiled(size).context(|| self.describe())?;
-            let batch = filled(images, start, compiled.batch);
-            let input = self.adapter.forward(&batch)?;
             let used = n.min(compiled.batch);
+            let own = start..start + used;
             #[cfg(any(feature = "cuda", test))]
             if let Some(on) = &compiled.on {
+                let mut input = vec![0.0; compiled.plan.input_shape().iter().product()];
+                self.adapter.forward_into(images, own, &mut input)?;
                 logits.extend_from_slice(&on.logits(&input)?[..used * classes]);
                 start += used;
                 continue;
             }
-            compiled.with_workspace(|plan, workspace| {
-                let output = plan.forward(workspace, &input);
+            compiled.with_workspace(|plan, workspace| -> Result<()> {
+                self.adapter.forward_into(images, own, plan.input_mut(workspace))?;
+                let output = plan.forward_there(workspace);
                 logits.extend_from_slice(&output[..used * classes]);
-            });
+                Ok(())
+            })?;
             start += used;
         }
         Ok(logits)
@@ -319,24 +315,28 @@ impl Teacher for WhiteTeacher {
         let mut start = 0;
         while start < n {
             let used = compiled.batch.min(n - start);
-            let part = filled(images, start, compiled.batch);
-            let input = self.adapter.forward(&part)?;
+            let own = start..start + used;
+            let [_, channels, height, width] = images.shape();
+            let shape = [used, channels, height, width];
+            let d_images = &mut result.gradient.data_mut()[own.start * stride..own.end * stride];
+            let inputs = used * compiled.plan.input_shape().iter().skip(1).product::<usize>();
             let share = used as f32 / n as f32;
+            let weight = objective.statistics_weight * share;
             #[cfg(any(feature = "cuda", test))]
             if let Some(on) = &compiled.on {
-                let weight = objective.statistics_weight * share;
+                let mut input = vec![0.0; compiled.plan.input_shape().iter().product()];
+                self.adapter.forward_into(images, own, &mut input)?;
                 let pass = on.gradient(&input, objective, weight, Part { start, used, n })?;
                 result.logits_loss += pass.logits_loss;
                 result.statistics_loss += f64::from(share) * pass.statistics_loss;
                 result.logits.extend_from_slice(&pass.logits[..used * classes]);
-                let gradient = self.adapter.backward(&pass.d_input, part.shape())?;
-                result.gradient.data_mut()[start * stride..(start + used) * stride]
-                    .copy_from_slice(&gradient.data()[..used * stride]);
+                self.adapter.backward_into(&pass.d_input[..inputs], shape, d_images)?;
                 start += used;
                 continue;
             }
-            let d_input = compiled.with_workspace(|plan, workspace| {
-                let logits = plan.forward(workspace, &input);
+            compiled.with_workspace(|plan, workspace| -> Result<()> {
+                self.adapter.forward_into(images, own, plan.input_mut(workspace))?;
+                let logits = plan.forward_there(workspace);
                 let mut d_logits = vec![0.0; logits.len()];
                 let rows = logits.chunks_exact(classes).zip(d_logits.chunks_exact_mut(classes));
                 for (i, (row, d_row)) in rows.take(used).enumerate() {
@@ -345,14 +345,11 @@ impl Teacher for WhiteTeacher {
                     d_row.iter_mut().for_each(|d| *d /= n as f32);
                 }
                 result.logits.extend_from_slice(&logits[..used * classes]);
-                let weight = objective.statistics_weight * share;
                 result.statistics_loss +=
                     f64::from(share) * self.match_statistics(plan, workspace, weight);
-                plan.backward(workspace, &d_logits).to_vec()
-            });
-            let gradient = self.adapter.backward(&d_input, part.shape())?;
-            result.gradient.data_mut()[start * stride..(start + used) * stride]
-                .copy_from_slice(&gradient.data()[..used * stride]);
+                let d_input = plan.backward(workspace, &d_logits);
+                self.adapter.backward_into(&d_input[..inputs], shape, d_images)
+            })?;
             start += used;
         }
         Ok(result)

@@ -41,11 +41,61 @@ const FILL: u32 = u32::MAX;
 #[derive(Debug)]
 struct Rearrange<T> {
     runs: Vec<Run>,
+    /// For each input its runs in its own order, where they are long and none of its elements is taken twice.
+    taken: Vec<Option<Vec<Run>>>,
     fill: T,
 }
 
 /// Elements that one task moves, at least.
 const PIECE: usize = 1 << 14;
+
+/// A run shorter than this, on average, is not worth an order of its own.
+const LONG: usize = 8;
+
+/// The runs of input `which` in its own order.
+fn taken_once(runs: &[Run], which: usize) -> Option<Vec<Run>> {
+    let of_it = runs.iter().filter(|run| run.input as usize == which);
+    let (count, length) =
+        of_it.clone().fold((0, 0), |(count, sum), run| (count + 1, sum + run.length as usize));
+    if length < count * LONG {
+        return None;
+    }
+    let mut own: Vec<Run> = of_it.copied().collect();
+    own.sort_unstable_by_key(|run| run.from);
+    own.windows(2).all(|two| two[0].from + two[0].length <= two[1].from).then_some(own)
+}
+
+/// The gradient to an input by its own runs, in tasks.
+fn give_back<T: Element>(runs: &[Run], d_output: &[T], target: Target<'_, T>) {
+    let (mut tasks, mut rest, mut start, mut first) = (Vec::new(), target.data, 0, 0);
+    for i in 0..runs.len() {
+        let end = runs.get(i + 1).map_or(start + rest.len(), |next| next.from as usize);
+        if end - start >= PIECE || i + 1 == runs.len() {
+            let (data, after) = rest.split_at_mut(end - start);
+            tasks.push((&runs[first..=i], start, data));
+            (rest, start, first) = (after, end, i + 1);
+        }
+    }
+    let fresh = target.mode == Mode::Write;
+    tasks.into_par_iter().for_each(|(runs, start, data)| {
+        let mut done = 0;
+        for run in runs {
+            let (from, to, length) =
+                (run.from as usize - start, run.to as usize, run.length as usize);
+            let d_output = &d_output[to..to + length];
+            if fresh {
+                data[done..from].fill(T::ZERO);
+                data[from..from + length].copy_from_slice(d_output);
+            } else {
+                data[from..from + length].iter_mut().zip(d_output).for_each(|(d, &g)| *d += g);
+            }
+            done = from + length;
+        }
+        if fresh {
+            data[done..].fill(T::ZERO);
+        }
+    });
+}
 
 impl<T> Rearrange<T> {
     /// Whole runs, and the stretch of the output that they make.
@@ -130,6 +180,11 @@ impl<T: Element> Step<T> for Rearrange<T> {
         mut target: Target<'_, T>,
         _state: &StepState<T>,
     ) {
+        if let Some(runs) = self.taken.get(which).and_then(Option::as_ref)
+            && !runs.is_empty()
+        {
+            return give_back(runs, d_output, target);
+        }
         target.clear_if_fresh();
         debug_assert_eq!(target.mode, Mode::Add);
         for run in self.runs.iter().filter(|run| run.input as usize == which) {
@@ -182,7 +237,8 @@ pub(super) fn rearrange_stretches<T: Element>(
             Ok(Value::Constant(Arc::new(ConstantTensor { shape, dtype, data })))
         }
         _ => {
-            let step = Rearrange { runs, fill: T::of(fill) };
+            let taken = (0..sources.len()).map(|which| taken_once(&runs, which)).collect();
+            let step = Rearrange { runs, taken, fill: T::of(fill) };
             Ok(lower.emit(Box::new(step), sources, shape))
         }
     }
@@ -234,4 +290,46 @@ pub(super) fn indices(shape: &[usize]) -> impl Iterator<Item = Vec<usize>> + use
         }
         index.clone()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Gives back stretches of `length` of every second `period`, the later half first.
+    fn check(period: usize, length: usize, mode: Mode) {
+        let (count, size) = (40_000 / period, 40_100);
+        let order = (count / 2..count).chain(0..count / 2);
+        let stretches = order.map(|i| (Source::Element { input: 0, at: i * period + 3 }, length));
+        let runs = runs(stretches);
+        let taken = vec![taken_once(&runs, 0)];
+        assert_eq!(taken[0].is_some(), length >= LONG);
+        let step = Rearrange { runs, taken, fill: 0.0 };
+        let d_output: Vec<f64> = (0..count * length).map(|i| 1.0 + i as f64).collect();
+        let mut wanted = vec![if mode == Mode::Add { 0.5 } else { 0.0 }; size];
+        for (i, stretch) in d_output.chunks(length).enumerate() {
+            let i = (i + count / 2) % count;
+            wanted[i * period + 3..][..length].iter_mut().zip(stretch).for_each(|(d, g)| *d += g);
+        }
+        let mut data = vec![if mode == Mode::Add { 0.5 } else { f64::NAN }; size];
+        let target = Target { data: &mut data, mode };
+        step.backward(0, &[], &[], &d_output, target, &StepState::default());
+        assert_eq!(data, wanted, "{period} {length} {mode:?}");
+    }
+
+    #[test]
+    fn a_gradient_goes_back_in_tasks_as_it_does_one_by_one() {
+        for mode in [Mode::Write, Mode::Add] {
+            for (period, length) in [(100, 40), (100, 100), (20_000, 19_000), (50, 3), (8, 8)] {
+                check(period, length, mode);
+            }
+        }
+    }
+
+    #[test]
+    fn elements_that_are_taken_twice_have_no_order_of_their_own() {
+        let element = |at| (Source::Element { input: 0, at }, 20);
+        assert!(taken_once(&runs([element(0), element(10)].into_iter()), 0).is_none());
+        assert!(taken_once(&runs([element(30), element(10)].into_iter()), 0).is_some());
+    }
 }

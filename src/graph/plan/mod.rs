@@ -100,9 +100,20 @@ impl<T: Element> Plan<T> {
     /// # Panics
     /// When `input` has another length, or the workspace is another plan's.
     pub fn forward<'w>(&self, workspace: &'w mut Workspace<T>, input: &[T]) -> &'w [T] {
-        let slots = &self.schedule.forward;
-        workspace.buffers[slots[self.input]][..input.len()].copy_from_slice(input);
         assert_eq!(input.len(), self.lengths[self.input], "plan input length");
+        self.input_mut(workspace).copy_from_slice(input);
+        self.forward_there(workspace)
+    }
+
+    /// Where the input of the next [`Plan::forward_there`] is written.
+    pub fn input_mut<'w>(&self, workspace: &'w mut Workspace<T>) -> &'w mut [T] {
+        let slot = self.schedule.forward[self.input];
+        &mut workspace.buffers[slot][..self.lengths[self.input]]
+    }
+
+    /// As [`Plan::forward`], on what was written to [`Plan::input_mut`] since the last pass.
+    pub fn forward_there<'w>(&self, workspace: &'w mut Workspace<T>) -> &'w [T] {
+        let slots = &self.schedule.forward;
         for (index, record) in self.steps.iter().enumerate() {
             let mut output = std::mem::take(&mut workspace.buffers[slots[record.output]]);
             {

@@ -38,6 +38,9 @@ pub struct Target<'a, T> {
     pub mode: Mode,
 }
 
+/// Values of a task.
+const CHUNK: usize = 1 << 14;
+
 impl<T: Element> Target<'_, T> {
     /// Puts `value(i)` at each position.
     #[inline(always)]
@@ -70,7 +73,6 @@ impl<T: Element> Target<'_, T> {
 
     /// As [`Target::put_map`], by all threads.
     pub fn put_map_parallel(self, a: &[T], f: impl Fn(T) -> T + Sync + Send) {
-        const CHUNK: usize = 1 << 14;
         let mode = self.mode;
         self.data
             .par_chunks_mut(CHUNK)
@@ -81,7 +83,7 @@ impl<T: Element> Target<'_, T> {
     /// Clears a fresh buffer so that everything can be added.
     pub fn clear_if_fresh(&mut self) {
         if self.mode == Mode::Write {
-            self.data.fill(T::ZERO);
+            self.data.par_chunks_mut(CHUNK).for_each(|data| data.fill(T::ZERO));
             self.mode = Mode::Add;
         }
     }

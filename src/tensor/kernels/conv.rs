@@ -128,13 +128,11 @@ pub fn conv2d<T: Element>(g: &Conv2dGeometry, x: &[T], w: &[T], bias: Option<&[T
         pointwise::forward(g, x, w, bias, y);
         return;
     }
-    let images = images_per_task(g.batch);
     if g.is_depthwise() {
-        y.par_chunks_mut(images * output)
-            .zip(x.par_chunks(images * input))
-            .for_each(|(y, x)| depthwise::forward(g, x, w, bias, y));
+        depthwise::forward(g, x, w, bias, y);
         return;
     }
+    let images = images_per_task(g.batch);
     let weights = MatrixRef::rows(w, g.patch());
     Left::with(patches_level(g), weights, [g.out_channels, g.patch()], |left| {
         y.par_chunks_mut(images * output)
@@ -322,12 +320,12 @@ pub fn conv2d_input_gradient<T: Element>(
     if !accumulate && reversed.is_none() {
         dx.fill(T::ZERO);
     }
-    let images = images_per_task(g.batch);
-    let tasks = dx.par_chunks_mut(images * input).zip(dy.par_chunks(images * output));
     if g.is_depthwise() {
-        tasks.for_each(|(dx, dy)| depthwise::input_gradient(g, dy, w, dx));
+        depthwise::input_gradient(g, dy, w, dx);
         return;
     }
+    let images = images_per_task(g.batch);
+    let tasks = dx.par_chunks_mut(images * input).zip(dy.par_chunks(images * output));
     if let Some(reversed) = reversed {
         let mut rotated = vec![T::ZERO; w.len()];
         rotated_weights(g, w, &mut rotated);

@@ -26,6 +26,27 @@ pub fn zip<T: Element>(a: &[T], b: &[T], y: &mut [T], f: impl Two<T>) {
     blocks.for_each(|((y, a), b)| block_two(a, b, y, f));
 }
 
+/// `y = f(a, b)` for `a` and `y` `[any, middle, inner]` and `b` `[middle]`.
+pub fn spread<T: Element>(a: &[T], b: &[T], inner: usize, y: &mut [T], f: impl Two<T>) {
+    let middle = b.len();
+    if middle == 0 || inner == 0 {
+        return;
+    }
+    if inner == 1 {
+        let rows = y.par_chunks_exact_mut(middle).zip(a.par_chunks_exact(middle));
+        rows.with_min_len(BLOCK.div_ceil(middle)).for_each(|(y, a)| block_two(a, b, y, f));
+        return;
+    }
+    y.par_chunks_exact_mut(inner)
+        .zip(a.par_chunks_exact(inner))
+        .enumerate()
+        .with_min_len(BLOCK.div_ceil(inner))
+        .for_each(|(plane, (y, a))| {
+            let b = b[plane % middle];
+            block(a, y, |a| f(a, b));
+        });
+}
+
 /// A function of one number that may run on many threads.
 pub trait One<T>: Fn(T) -> T + Copy + Sync + Send {}
 impl<T, F: Fn(T) -> T + Copy + Sync + Send> One<T> for F {}

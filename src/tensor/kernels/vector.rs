@@ -284,14 +284,15 @@ pub(super) mod x86 {
             }
             // After this, rows[4 q + j] holds column 4 l + j of rows 4 q .. 4 q + 4 in quarter l.
             for q in 0..4 {
-                let [a, b, c, d] = [0, 1, 2, 3].map(|j| woven[4 * q + j]);
+                let (a, b) = (woven[4 * q], woven[4 * q + 1]);
+                let (c, d) = (woven[4 * q + 2], woven[4 * q + 3]);
                 rows[4 * q] = _mm512_shuffle_ps::<0b01_00_01_00>(a, c);
                 rows[4 * q + 1] = _mm512_shuffle_ps::<0b11_10_11_10>(a, c);
                 rows[4 * q + 2] = _mm512_shuffle_ps::<0b01_00_01_00>(b, d);
                 rows[4 * q + 3] = _mm512_shuffle_ps::<0b11_10_11_10>(b, d);
             }
             for j in 0..4 {
-                let [a, b, c, d] = [0, 4, 8, 12].map(|q| rows[q + j]);
+                let (a, b, c, d) = (rows[j], rows[4 + j], rows[8 + j], rows[12 + j]);
                 let low = _mm512_shuffle_f32x4::<0b10_00_10_00>(a, b);
                 let high = _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b);
                 let low2 = _mm512_shuffle_f32x4::<0b10_00_10_00>(c, d);

@@ -212,13 +212,16 @@ fn run(level: Level, layout: &Layout<'_>, x: &[f32], dy: &[f32], dw: &mut [f32])
             sums.par_chunks_mut(channels * layout.sums()).enumerate().for_each(|(at, sums)| {
                 sums.fill(0.0);
                 let first = at * channels * plane;
-                scratch::with(layout.len * layout.depth, |pixels: &mut [f32]| {
+                let len = layout.len * layout.depth;
+                let room = if layout.patches { 2 * len } else { len };
+                scratch::with(room, |room: &mut [f32]| {
+                    let (pixels, patches) = room.split_at_mut(len);
                     if !layout.patches {
                         pixels.fill(0.0);
                     }
                     for (x, dy) in x.chunks_exact(input).zip(dy.chunks_exact(output)) {
                         let work = Work { layout, x, dy: &dy[first..] };
-                        work.run(level, pixels, sums);
+                        work.run(level, [pixels, patches], sums);
                     }
                 });
             });
@@ -255,12 +258,12 @@ struct Work<'a> {
 
 #[cfg(target_arch = "x86_64")]
 impl Work<'_> {
-    fn run(&self, level: Level, pixels: &mut [f32], sums: &mut [f32]) {
+    fn run(&self, level: Level, room: [&mut [f32]; 2], sums: &mut [f32]) {
         // SAFETY: the processor has the level's instructions (`Level::detected`).
         unsafe {
             match level {
-                Level::Avx512 => self.avx512(pixels, sums),
-                Level::Avx2 => self.avx2(pixels, sums),
+                Level::Avx512 => self.avx512(room, sums),
+                Level::Avx2 => self.avx2(room, sums),
             }
         }
     }
@@ -268,24 +271,24 @@ impl Work<'_> {
     /// # Safety
     /// The processor must have the instructions.
     #[target_feature(enable = "avx512f")]
-    unsafe fn avx512(&self, pixels: &mut [f32], sums: &mut [f32]) {
+    unsafe fn avx512(&self, room: [&mut [f32]; 2], sums: &mut [f32]) {
         // SAFETY: the instructions are switched on.
-        unsafe { self.add::<Avx512, 8>(pixels, sums) }
+        unsafe { self.add::<Avx512, 8>(room, sums) }
     }
 
     /// # Safety
     /// The processor must have the instructions.
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn avx2(&self, pixels: &mut [f32], sums: &mut [f32]) {
+    unsafe fn avx2(&self, room: [&mut [f32]; 2], sums: &mut [f32]) {
         // SAFETY: the instructions are switched on.
-        unsafe { self.add::<Avx2, 4>(pixels, sums) }
+        unsafe { self.add::<Avx2, 4>(room, sums) }
     }
 }
 
 #[cfg(not(target_arch = "x86_64"))]
 impl Work<'_> {
     // No level is ever detected here.
-    fn run(&self, _level: Level, _pixels: &mut [f32], _sums: &mut [f32]) {}
+    fn run(&self, _level: Level, _room: [&mut [f32]; 2], _sums: &mut [f32]) {}
 }
 
 // Index loops of constant length keep the sums in registers; iterators do not.
@@ -296,9 +299,13 @@ impl Work<'_> {
     /// # Safety
     /// The instructions of `V` must be switched on.
     #[inline(always)]
-    unsafe fn add<V: Vector, const R: usize>(&self, pixels: &mut [f32], sums: &mut [f32]) {
+    unsafe fn add<V: Vector, const R: usize>(
+        &self,
+        [pixels, patches]: [&mut [f32]; 2],
+        sums: &mut [f32],
+    ) {
         // SAFETY: passed on.
-        unsafe { self.gather::<V>(pixels) };
+        unsafe { self.gather::<V>(pixels, patches) };
         let layout = self.layout;
         let [rows, columns] = layout.g.output();
         let ([height, width], plane, depth) = (layout.size, rows * columns, layout.depth);
@@ -350,30 +357,29 @@ impl Work<'_> {
         }
     }
 
-    /// Fills `pixels`; padding stays as it is.
+    /// Fills `pixels`; padding stays as it is. `patches` is room for them, where they are made.
     ///
     /// # Safety
     /// The instructions of `V` must be switched on.
+    // No closure: what it holds would be compiled without the instructions.
     #[inline(always)]
-    unsafe fn gather<V: Vector>(&self, pixels: &mut [f32]) {
+    unsafe fn gather<V: Vector>(&self, pixels: &mut [f32], patches: &mut [f32]) {
         let (layout, g) = (self.layout, self.layout.g);
         if layout.patches {
             let columns = layout.len;
-            scratch::with(layout.depth * columns, |patches: &mut [f32]| {
-                patches[layout.used * columns..].fill(0.0);
-                let [count, _] = g.output();
-                let run = RowRun { image: 0, first: 0, count };
-                im2col(g, self.x, 0, &[run], columns, patches);
-                let source = Planes {
-                    values: patches,
-                    channels: layout.depth,
-                    width: columns,
-                    row: columns,
-                    start: 0,
-                };
-                // SAFETY: passed on.
-                unsafe { source.turn::<V>(layout.depth, pixels) };
-            });
+            patches[layout.used * columns..].fill(0.0);
+            let [count, _] = g.output();
+            let run = RowRun { image: 0, first: 0, count };
+            im2col(g, self.x, 0, &[run], columns, patches);
+            let source = Planes {
+                values: patches,
+                channels: layout.depth,
+                width: columns,
+                row: columns,
+                start: 0,
+            };
+            // SAFETY: passed on.
+            unsafe { source.turn::<V>(layout.depth, pixels) };
         } else {
             let start = layout.pads[0] * layout.row + layout.pads[1];
             let source = Planes {

@@ -18,12 +18,15 @@ enum Binary {
 
 impl Binary {
     fn value(self, a: &Tensor, b: &Tensor) -> Result<Value> {
-        if a.dims() == b.dims() && a.device().is_cpu() && a.dtype() == b.dtype() {
+        let same = a.dims() == b.dims();
+        let spread = spread_over(a.dims(), b.dims());
+        if (same || spread.is_some()) && a.device().is_cpu() && a.dtype() == b.dtype() {
             let (a, b) = (a.contiguous()?, b.contiguous()?);
+            let inner = if same { None } else { spread };
             return by_dtype(
                 a.dtype(),
-                || self.on_slices::<f32>(&a, &b),
-                || self.on_slices::<f64>(&a, &b),
+                || self.on_slices::<f32>(&a, &b, inner),
+                || self.on_slices::<f64>(&a, &b, inner),
             );
         }
         Ok(Value::own(match self {
@@ -34,16 +37,30 @@ impl Binary {
         }))
     }
 
-    fn on_slices<T: Float>(self, a: &Tensor, b: &Tensor) -> Result<Value> {
+    fn on_slices<T: Float>(self, a: &Tensor, b: &Tensor, inner: Option<usize>) -> Result<Value> {
         let dims = a.dims();
         let (a, b) = (Slice::<T>::new(a)?, Slice::<T>::new(b)?);
-        build::<T>(dims, |y| match self {
-            Self::Add => map::zip(&a, &b, y, |a, b| a + b),
-            Self::Sub => map::zip(&a, &b, y, |a, b| a - b),
-            Self::Mul => map::zip(&a, &b, y, |a, b| a * b),
-            Self::Div => map::zip(&a, &b, y, |a, b| a / b),
+        build::<T>(dims, |y| match (self, inner) {
+            (Self::Add, None) => map::zip(&a, &b, y, |a, b| a + b),
+            (Self::Sub, None) => map::zip(&a, &b, y, |a, b| a - b),
+            (Self::Mul, None) => map::zip(&a, &b, y, |a, b| a * b),
+            (Self::Div, None) => map::zip(&a, &b, y, |a, b| a / b),
+            (Self::Add, Some(inner)) => map::spread(&a, &b, inner, y, |a, b| a + b),
+            (Self::Sub, Some(inner)) => map::spread(&a, &b, inner, y, |a, b| a - b),
+            (Self::Mul, Some(inner)) => map::spread(&a, &b, inner, y, |a, b| a * b),
+            (Self::Div, Some(inner)) => map::spread(&a, &b, inner, y, |a, b| a / b),
         })
     }
+}
+
+/// Where `b`, broadcast, gives the values of `a`'s middle axes (one a channel, one a column, one for all): how many values
+/// of `a` lie behind each.
+fn spread_over(a: &[usize], b: &[usize]) -> Option<usize> {
+    let longer = a.len().checked_sub(b.len())?;
+    let Some(first) = b.iter().position(|&d| d != 1) else { return Some(a.iter().product()) };
+    let last = b.iter().rposition(|&d| d != 1)?;
+    let same = b[first..=last] == a[longer + first..=longer + last];
+    same.then(|| a[longer + last + 1..].iter().product())
 }
 
 impl Rule for Binary {
@@ -156,4 +173,49 @@ fn affine<T: Float>(x: &Tensor, factor: f64, offset: f64) -> Result<Value> {
     let slice = Slice::<T>::new(x)?;
     let (factor, offset) = (T::of(factor), T::of(offset));
     build::<T>(x.dims(), |y| map::map(&slice, y, |x| x * factor + offset))
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn a_spread_operand_gives_what_broadcasting_gives() {
+        let shapes: [(&[usize], &[usize]); 7] = [
+            (&[4, 3, 5, 7], &[1, 3, 1, 1]),
+            (&[4, 3, 5, 7], &[3, 5, 1]),
+            (&[2, 9000], &[9000]),
+            (&[40, 600], &[40, 1]),
+            (&[3, 8, 4096], &[1, 1, 1]),
+            (&[6, 5], &[1]),
+            (&[2, 0, 3], &[1, 1, 3]),
+        ];
+        for (wide, narrow) in shapes {
+            let a = Tensor::rand(1.0, 2.0, wide, &Device::Cpu).unwrap();
+            let b = Tensor::rand(1.0, 2.0, narrow, &Device::Cpu).unwrap();
+            assert!(spread_over(wide, narrow).is_some(), "{wide:?} {narrow:?}");
+            for kind in [Binary::Add, Binary::Sub, Binary::Mul, Binary::Div] {
+                let wanted = match kind {
+                    Binary::Add => a.broadcast_add(&b),
+                    Binary::Sub => a.broadcast_sub(&b),
+                    Binary::Mul => a.broadcast_mul(&b),
+                    Binary::Div => a.broadcast_div(&b),
+                };
+                let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+                let found = kind.value(&a, &b).unwrap();
+                assert_eq!(
+                    values(&found),
+                    values(&wanted.unwrap()),
+                    "{kind:?} {wide:?} {narrow:?}"
+                );
+            }
+        }
+        for (wide, narrow) in
+            [(&[4, 3][..], &[4, 3, 1][..]), (&[4, 3, 5], &[4, 1, 5]), (&[1, 3], &[2, 3])]
+        {
+            assert_eq!(spread_over(wide, narrow), None, "{wide:?} {narrow:?}");
+        }
+    }
 }

@@ -7,7 +7,7 @@
 
 use std::sync::OnceLock;
 
-use super::pack::BLOCK;
+use super::pack::{BLOCK, LINES};
 
 /// Whether this processor has the unit and the system lets this process use it.
 pub(super) fn usable() -> bool {
@@ -43,6 +43,19 @@ fn permitted() -> bool {
     false
 }
 
+/// Floats that [`Tiles::square`] fetches ahead with each block.
+pub(super) const AHEAD: usize = BLOCK / 4;
+
+/// Where a square of the result lies.
+#[derive(Clone, Copy)]
+pub(super) struct Square {
+    pub(super) at: *mut f32,
+    /// Floats from a row to the next.
+    pub(super) stride: usize,
+    /// Rows and columns.
+    pub(super) size: [usize; 2],
+}
+
 /// Shape of the tile registers, as `ldtilecfg` reads it.
 #[repr(C, align(64))]
 struct Configuration {
@@ -53,18 +66,28 @@ struct Configuration {
     rows: [u8; 16],
 }
 
-/// This thread's tile registers, configured: eight of 16 rows of 64 bytes. Released when dropped.
+/// This thread's tile registers, configured: four of a square of the result, two of each operand. Released when dropped.
 pub(super) struct Tiles {
     /// The configuration belongs to the thread that loaded it.
     _this_thread: std::marker::PhantomData<*const ()>,
 }
 
 impl Tiles {
-    /// Configures the registers; `None` where there are none to use.
+    /// Configures the registers for whole squares; `None` where there are none to use.
     pub(super) fn configure() -> Option<Self> {
         if !usable() {
             return None;
         }
+        let tiles = Self { _this_thread: std::marker::PhantomData };
+        tiles.shape([LINES, LINES]);
+        Some(tiles)
+    }
+
+    /// Configures them for squares of so many rows and columns (1 to [`LINES`]). A second half that there is not is given
+    /// one line, which counts for nothing. Waits for all that the registers are at.
+    pub(super) fn shape(&self, [rows, columns]: [usize; 2]) {
+        let halves = |lines: usize| [lines.min(16) as u8, lines.clamp(17, LINES) as u8 - 16];
+        let ([top, bottom], [left, right]) = (halves(rows), halves(columns));
         let mut configuration = Configuration {
             palette: 1,
             start_row: 0,
@@ -72,35 +95,44 @@ impl Tiles {
             row_bytes: [0; 16],
             rows: [0; 16],
         };
-        configuration.row_bytes[..8].fill(64);
-        configuration.rows[..8].fill(16);
+        configuration.rows[..8].copy_from_slice(&[top, top, bottom, bottom, top, bottom, 16, 16]);
+        let columns = [left, right, left, right, 16, 16, left, right];
+        for (bytes, columns) in configuration.row_bytes.iter_mut().zip(columns) {
+            *bytes = 4 * u16::from(columns);
+        }
         // SAFETY: the processor has the instruction and the process the permission (`usable`).
         unsafe {
             std::arch::asm!("ldtilecfg [{}]", in(reg) &raw const configuration, options(nostack));
         }
-        Some(Self { _this_thread: std::marker::PhantomData })
     }
 
-    /// A square of 2x2 tiles: `c (+)= a b` over `blocks` blocks of depth. `a` and `b` are packed panels
-    /// (see [`super::pack`]); `c` is 32x32 with rows `c_stride` floats apart. It starts from `start`, where there
-    /// is one: 32x32 too, with its own distance between rows (0: one row for all).
+    /// A square of the result: `c (+)= a b` over `blocks` blocks of depth. `a` and `b` are packed panels (see
+    /// [`super::pack`]). It starts from `start`, where there is one: as many rows and columns, with its own distance
+    /// between rows (0: one row for all). What lies at `ahead` is fetched meanwhile, [`AHEAD`] floats a block.
     ///
     /// # Safety
-    /// The panels hold `blocks` blocks from there on, `c` and `start` their 32 rows.
+    /// The registers have the shape of `c`, which has more than half of all columns. The panels hold `blocks` blocks
+    /// from there on, `c` and `start` their rows and columns. `nowhere` is a row of [`LINES`] to read and write.
     #[inline(always)]
     pub(super) unsafe fn square(
         &self,
-        a: *const f32,
-        b: *const f32,
+        [a, b]: [*const f32; 2],
         blocks: usize,
-        c: *mut f32,
-        c_stride: usize,
+        c: Square,
         start: Option<(*const f32, usize)>,
+        ahead: *const f32,
+        nowhere: *mut f32,
     ) {
-        let (from, from_stride) = start.unwrap_or((c, c_stride));
+        let (from, from_stride) = start.unwrap_or((c.at, c.stride));
+        let (f1, c1) = match c.size[0] > LINES / 2 {
+            true => (from.wrapping_add(16 * from_stride), c.at.wrapping_add(16 * c.stride)),
+            false => (nowhere.cast_const(), nowhere),
+        };
         // SAFETY: the caller's duty; the registers are configured while `self` lives.
         unsafe {
-            // Six products a block; 14 loads for 24 instructions, each some instructions ahead of its use.
+            // Six products a block; 14 loads for 24 instructions, each some instructions ahead of its use. Between them
+            // what comes next is fetched: `ahead`, and the rows of the result, eight a block, to be written. All processors
+            // with the unit have `prefetchw`; a prefetch of an address that there is not does nothing.
             std::arch::asm!(
                 "test {add:e}, {add:e}",
                 "jz 2f",
@@ -121,63 +153,115 @@ impl Tiles {
                 "tileloadd tmm5, [{a} + {s}*1 + 1024]",
                 "tileloadd tmm7, [{b} + {s}*1 + 1024]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
+                "prefetcht1 [{p} + 0]",
+                "prefetchw [{q}]",
+                "prefetchw [{q} + 64]",
+                "add {q}, {cs}",
                 "tdpbf16ps tmm2, tmm5, tmm6",
+                "prefetcht1 [{p} + 64]",
                 "tileloadd tmm6, [{b} + {s}*1 + 2048]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
+                "prefetcht1 [{p} + 128]",
                 "tdpbf16ps tmm3, tmm5, tmm7",
+                "prefetcht1 [{p} + 192]",
+                "prefetchw [{q}]",
+                "prefetchw [{q} + 64]",
+                "add {q}, {cs}",
                 // a1 b2
                 "tileloadd tmm7, [{b} + {s}*1 + 3072]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
+                "prefetcht1 [{p} + 256]",
                 "tdpbf16ps tmm2, tmm5, tmm6",
+                "prefetcht1 [{p} + 320]",
                 "tileloadd tmm6, [{b} + {s}*1 + 4096]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
+                "prefetcht1 [{p} + 384]",
+                "prefetchw [{q}]",
+                "prefetchw [{q} + 64]",
+                "add {q}, {cs}",
                 "tdpbf16ps tmm3, tmm5, tmm7",
+                "prefetcht1 [{p} + 448]",
                 // a1 b1
                 "tileloadd tmm7, [{b} + {s}*1 + 5120]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
+                "prefetcht1 [{p} + 512]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
+                "prefetcht1 [{p} + 576]",
+                "prefetchw [{q}]",
+                "prefetchw [{q} + 64]",
+                "add {q}, {cs}",
                 "tileloadd tmm4, [{a} + {s}*1 + 2048]",
                 "tdpbf16ps tmm2, tmm5, tmm6",
+                "prefetcht1 [{p} + 640]",
                 "tdpbf16ps tmm3, tmm5, tmm7",
+                "prefetcht1 [{p} + 704]",
                 // a3 b1
                 "tileloadd tmm5, [{a} + {s}*1 + 3072]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
+                "prefetcht1 [{p} + 768]",
+                "prefetchw [{q}]",
+                "prefetchw [{q} + 64]",
+                "add {q}, {cs}",
                 "tdpbf16ps tmm1, tmm4, tmm7",
+                "prefetcht1 [{p} + 832]",
                 "tileloadd tmm4, [{a} + {s}*1 + 4096]",
                 "tdpbf16ps tmm2, tmm5, tmm6",
+                "prefetcht1 [{p} + 896]",
                 "tdpbf16ps tmm3, tmm5, tmm7",
+                "prefetcht1 [{p} + 960]",
+                "prefetchw [{q}]",
+                "prefetchw [{q} + 64]",
+                "add {q}, {cs}",
                 // a2 b1
                 "tileloadd tmm5, [{a} + {s}*1 + 5120]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
+                "prefetcht1 [{p} + 1024]",
                 "tdpbf16ps tmm2, tmm5, tmm6",
+                "prefetcht1 [{p} + 1088]",
                 "tileloadd tmm6, [{b} + {s}*1 + 2048]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
+                "prefetcht1 [{p} + 1152]",
+                "prefetchw [{q}]",
+                "prefetchw [{q} + 64]",
+                "add {q}, {cs}",
                 "tdpbf16ps tmm3, tmm5, tmm7",
+                "prefetcht1 [{p} + 1216]",
                 // a2 b2
                 "tileloadd tmm7, [{b} + {s}*1 + 3072]",
                 "add {a}, {step}",
                 "add {b}, {step}",
+                "add {p}, {share}",
                 "tdpbf16ps tmm0, tmm4, tmm6",
+                "prefetcht1 [{p} + 1280]",
                 "tdpbf16ps tmm2, tmm5, tmm6",
+                "prefetcht1 [{p} + 1344]",
+                "prefetchw [{q}]",
+                "prefetchw [{q} + 64]",
+                "add {q}, {cs}",
                 "tdpbf16ps tmm1, tmm4, tmm7",
+                "prefetcht1 [{p} + 1408]",
                 "tdpbf16ps tmm3, tmm5, tmm7",
+                "prefetcht1 [{p} + 1472]",
                 "dec {blocks}",
                 "jnz 3b",
-                "tilestored [{c0} + {cs}*4], tmm0",
-                "tilestored [{c0} + {cs}*4 + 64], tmm1",
-                "tilestored [{c1} + {cs}*4], tmm2",
-                "tilestored [{c1} + {cs}*4 + 64], tmm3",
+                "tilestored [{c0} + {cs}*1], tmm0",
+                "tilestored [{c0} + {cs}*1 + 64], tmm1",
+                "tilestored [{c1} + {cs}*1], tmm2",
+                "tilestored [{c1} + {cs}*1 + 64], tmm3",
                 step = const 4 * BLOCK,
+                share = const 4 * AHEAD,
                 add = in(reg) u32::from(start.is_some()),
                 f0 = in(reg) from,
-                f1 = in(reg) from.add(16 * from_stride),
+                f1 = in(reg) f1,
                 fs = in(reg) from_stride,
                 a = inout(reg) a => _,
+                p = inout(reg) ahead => _,
                 b = inout(reg) b => _,
                 blocks = inout(reg) blocks => _,
-                c0 = in(reg) c,
-                c1 = in(reg) c.add(16 * c_stride),
-                cs = in(reg) c_stride,
+                c0 = in(reg) c.at,
+                c1 = in(reg) c1,
+                cs = in(reg) 4 * c.stride,
+                q = inout(reg) c.at => _,
                 s = in(reg) 64_usize,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,

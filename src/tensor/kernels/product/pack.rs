@@ -9,9 +9,9 @@
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
-    __m512, __m512i, __mmask16, _mm512_add_epi32, _mm512_and_si512, _mm512_castps_si512,
-    _mm512_castsi512_ps, _mm512_maskz_loadu_ps, _mm512_or_si512, _mm512_set1_epi32,
-    _mm512_setzero_ps, _mm512_srli_epi32, _mm512_storeu_ps, _mm512_sub_ps,
+    __m512, __m512i, __mmask16, _MM_HINT_T0, _mm_prefetch, _mm512_add_epi32, _mm512_and_si512,
+    _mm512_castps_si512, _mm512_castsi512_ps, _mm512_maskz_loadu_ps, _mm512_or_si512,
+    _mm512_set1_epi32, _mm512_setzero_ps, _mm512_srli_epi32, _mm512_storeu_ps, _mm512_sub_ps,
 };
 
 use super::super::gemm::MatrixRef;
@@ -241,6 +241,9 @@ fn line_by_line(
     for line in 0..16 {
         let (low, high) = if line < lines {
             let from = &from[line * stride..];
+            let next = from.as_ptr().wrapping_add(DEPTH);
+            _mm_prefetch::<_MM_HINT_T0>(next.cast());
+            _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(16).cast());
             let low = load(from, depths);
             let high =
                 if depths > 16 { load(&from[16..], depths - 16) } else { _mm512_setzero_ps() };
@@ -274,6 +277,8 @@ fn depth_by_depth(
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn row(from: &[f32], stride: usize, lines: usize, depth: usize, depths: usize) -> __m512 {
+    let next = from.as_ptr().wrapping_add((depth + DEPTH) * stride);
+    _mm_prefetch::<_MM_HINT_T0>(next.cast());
     if depth < depths { load(&from[depth * stride..], lines) } else { _mm512_setzero_ps() }
 }
 

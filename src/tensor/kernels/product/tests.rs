@@ -148,6 +148,22 @@ fn every_way_to_lie_in_memory_is_packed_alike() {
 }
 
 #[test]
+fn cut_panels_are_right_at_any_depth() {
+    // More depth than a task packs at once; the last panels have up to and more than half their lines.
+    for (m, n, k) in [(98, 70, 1100), (40, 57, 600), (310, 200, 520), (33, 1000, 545)] {
+        let sizes = Sizes { m, n, k };
+        let (a, b) = (normals("a", m * k), normals("b", k * n));
+        let wanted = exact(sizes, &a, &b);
+        for level in Level::all() {
+            let mut c = vec![f32::NAN; m * n];
+            let (a, b) = (MatrixRef::rows(&a, k), MatrixRef::rows(&b, n));
+            product_at(level, sizes, a, b, rows(n, &mut c), Threads::All);
+            assert!(distance(&c, &wanted) < 1e-6, "{level:?} {sizes:?}");
+        }
+    }
+}
+
+#[test]
 fn errors_are_at_most_those_of_plain_sums() {
     for level in Level::all() {
         for k in [32, 100, 768, 3072] {

@@ -2,10 +2,12 @@
 
 #![allow(unsafe_code)]
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use rayon::prelude::*;
 
 use super::super::scratch;
-use super::amx::Tiles;
+use super::amx::{AHEAD, Square, Tiles};
 use super::pack::{BLOCK, DEPTH, LINES, Lines, Part};
 use super::{Sizes, Start, Threads};
 
@@ -15,8 +17,6 @@ const TASK_PANELS: usize = 4;
 const PACKED_BLOCKS: usize = 16;
 /// Blocks of depth multiplied in one go: a panel of these is 24 KiB, in the first-level cache.
 const NEAR_BLOCKS: usize = 4;
-/// Tasks that a product is cut into at least, where it has as many panels.
-const TASKS: usize = 8;
 
 /// Results that tasks write disjoint blocks of.
 #[derive(Clone, Copy)]
@@ -68,6 +68,27 @@ impl Results {
         };
         Self { data: data.as_mut_ptr(), row_stride, item_stride, start }
     }
+
+    /// A square of them, and what it starts from: these for its first blocks of depth, then itself.
+    ///
+    /// # Safety
+    /// The square lies in the results.
+    #[inline(always)]
+    unsafe fn square(&self, place: &Place, first: bool) -> (Square, Option<(*const f32, usize)>) {
+        let Place { item, row, column, size } = *place;
+        // SAFETY: the caller's duty.
+        unsafe {
+            let at = self.data.add(item * self.item_stride + row * self.row_stride + column);
+            let itself = Some((at.cast_const(), self.row_stride));
+            let start = match self.start {
+                _ if !first => itself,
+                From::Nothing => None,
+                From::Result => itself,
+                From::Row(row) => Some((row.add(column), 0)),
+            };
+            (Square { at, stride: self.row_stride, size }, start)
+        }
+    }
 }
 
 /// Scratch words on a cache line's border.
@@ -118,20 +139,35 @@ pub(super) fn multiply(
     c: Results,
     threads: Threads,
 ) {
-    let panels = streamed.panels().div_ceil(TASKS).clamp(1, TASK_PANELS);
-    let task = |i: usize| {
-        let first = i * panels;
-        let panels = panels.min(streamed.panels() - first);
+    let run = |(first, panels): (usize, usize)| {
         let task = Task { sizes, order, packed, streamed, first, panels };
         // SAFETY: tasks are of disjoint panels, so they write disjoint blocks of `c`, whose bounds `Results::new`
         // has checked.
         unsafe { task.run(c) };
     };
-    let tasks = streamed.panels().div_ceil(panels);
-    match threads {
-        Threads::One => (0..tasks).for_each(task),
-        Threads::All => (0..tasks).into_par_iter().for_each(task),
+    if threads == Threads::One {
+        return tasks(streamed.panels(), 1).into_iter().for_each(run);
     }
+    let workers = rayon::current_num_threads();
+    let (tasks, next) = (tasks(streamed.panels(), workers), AtomicUsize::new(0));
+    // In their order, to whoever is free: rayon alone would give each worker half, however late it wakes.
+    (0..workers.min(tasks.len())).into_par_iter().with_max_len(1).for_each(|_| {
+        while let Some(&task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
+            run(task);
+        }
+    });
+}
+
+/// First panel and number of panels of each task: smaller ones last, so that all workers end together.
+fn tasks(panels: usize, workers: usize) -> Vec<(usize, usize)> {
+    let (mut tasks, mut first) = (Vec::new(), 0);
+    while first < panels {
+        let left = panels - first;
+        let own = if workers == 1 { left } else { left.div_ceil(2 * workers) };
+        tasks.push((first, own.min(TASK_PANELS)));
+        first += own.min(TASK_PANELS);
+    }
+    tasks
 }
 
 /// Some panels of one operand times all of the other.
@@ -144,12 +180,31 @@ struct Task<'a> {
     panels: usize,
 }
 
+/// Panels that a task has packed: `packed` blocks of each from `start` on, one after the other.
+struct Own<'a> {
+    data: &'a [f32],
+    start: usize,
+    packed: usize,
+}
+
+/// Where two panels' square lies in the results, and its size.
+struct Place {
+    item: usize,
+    row: usize,
+    column: usize,
+    size: [usize; 2],
+}
+
 impl Task<'_> {
     /// # Safety
     /// Nobody else uses this task's part of `c`, which has the sizes of the product.
     unsafe fn run(&self, c: Results) {
         let blocks = self.sizes.k.div_ceil(DEPTH);
         let Some(tiles) = Tiles::configure() else { return };
+        let others = self.packed.len() / (blocks * BLOCK);
+        let size = |own, other| self.place(own, other).size;
+        let own_panels = by_size(self.panels, |own| size(own, 0));
+        let other_panels = by_size(others, |other| size(0, other));
         aligned(self.panels * PACKED_BLOCKS.min(blocks) * BLOCK, |own| {
             for start in (0..blocks).step_by(PACKED_BLOCKS) {
                 let packed = PACKED_BLOCKS.min(blocks - start);
@@ -161,103 +216,117 @@ impl Task<'_> {
                 };
                 // SAFETY: the processor has AVX-512 F and BW (tiles are only there with them).
                 unsafe { self.streamed.pack(part, own) };
-                for (other, whole) in self.packed.chunks_exact(blocks * BLOCK).enumerate() {
-                    for near in (0..packed).step_by(NEAR_BLOCKS) {
-                        let count = NEAR_BLOCKS.min(packed - near);
-                        let other_panel = &whole[(start + near) * BLOCK..][..count * BLOCK];
-                        let c = match start + near {
-                            0 => c,
-                            _ => Results { start: From::Result, ..c },
-                        };
-                        for i in 0..self.panels {
-                            let panel = &own[(i * packed + near) * BLOCK..][..count * BLOCK];
-                            // SAFETY: panels lie in the operands, so their square in `c`.
-                            unsafe {
-                                match self.order {
-                                    Order::RowsInTasks => {
-                                        let at = [self.first + i, other];
-                                        self.square(&tiles, at, [panel, other_panel], c);
-                                    }
-                                    Order::ColumnsInTasks => {
-                                        let at = [other, self.first + i];
-                                        self.square(&tiles, at, [other_panel, panel], c);
-                                    }
-                                }
-                            }
-                        }
+                let own = Own { data: own, start, packed };
+                for panels in &own_panels {
+                    for others in &other_panels {
+                        // SAFETY: the caller's duty.
+                        unsafe { self.times(&tiles, &own, [panels, others], c) };
                     }
                 }
             }
         });
     }
 
-    /// The product of two panels (or as much of their depth as is given), at panel row and column `at` of `c`.
-    ///
-    /// # Safety
-    /// Both are panels of the product; nobody else uses the square.
-    #[inline(always)]
-    unsafe fn square(
-        &self,
-        tiles: &Tiles,
-        [row, column]: [usize; 2],
-        [a, b]: [&[f32]; 2],
-        c: Results,
-    ) {
+    /// Where the square of an own panel (counted in this task) and another lies.
+    fn place(&self, own: usize, other: usize) -> Place {
         let Sizes { m, n, .. } = self.sizes;
+        let own = self.first + own;
+        let (row, column) = match self.order {
+            Order::RowsInTasks => (own, other),
+            Order::ColumnsInTasks => (other, own),
+        };
         let in_one = n.div_ceil(LINES);
         let (item, row, column) = (column / in_one, row * LINES, column % in_one * LINES);
-        let (rows, columns) = (LINES.min(m - row), LINES.min(n - column));
-        // SAFETY: the caller's duty; a row to start from is as long as the result's.
-        unsafe {
-            let to = c.data.add(item * c.item_stride + row * c.row_stride + column);
-            let start = match c.start {
-                From::Nothing => None,
-                From::Result => Some((to.cast_const(), c.row_stride)),
-                From::Row(from) => Some((from.add(column), 0)),
-            };
-            if rows == LINES && columns == LINES {
-                let (a, b, count) = (a.as_ptr(), b.as_ptr(), a.len() / BLOCK);
-                tiles.square(a, b, count, to, c.row_stride, start);
-            } else {
-                Edge { to, row_stride: c.row_stride, rows, columns }.fill(tiles, a, b, start);
+        Place { item, row, column, size: [LINES.min(m - row), LINES.min(n - column)] }
+    }
+
+    /// Some own panels times some others, whose squares are all of one size.
+    ///
+    /// # Safety
+    /// As [`Task::run`].
+    #[inline(always)]
+    unsafe fn times(
+        &self,
+        tiles: &Tiles,
+        own: &Own<'_>,
+        [panels, others]: [&[usize]; 2],
+        c: Results,
+    ) {
+        let (Some(&panel), Some(&other)) = (panels.first(), others.first()) else { return };
+        let [rows, columns] = self.place(panel, other).size;
+        // A square that has no right half is computed in one beside the result; a lower half that is not there goes to a
+        // row of its own.
+        let mut beside = [0.0; (LINES + 1) * LINES];
+        let beside = beside.as_mut_ptr();
+        let nowhere = beside.wrapping_add(LINES * LINES);
+        let narrow = columns <= LINES / 2;
+        tiles.shape([rows, if narrow { LINES } else { columns }]);
+        let blocks = self.sizes.k.div_ceil(DEPTH);
+        for &other in others {
+            let whole = &self.packed[other * blocks * BLOCK..][..blocks * BLOCK];
+            for near in (0..own.packed).step_by(NEAR_BLOCKS) {
+                let count = NEAR_BLOCKS.min(own.packed - near);
+                let block = own.start + near;
+                let other_panel = &whole[block * BLOCK..][..count * BLOCK];
+                let next =
+                    if near + count < own.packed { block + count } else { blocks + own.start };
+                for (i, &panel) in panels.iter().enumerate() {
+                    let own_panel =
+                        &own.data[(panel * own.packed + near) * BLOCK..][..count * BLOCK];
+                    let operands = match self.order {
+                        Order::RowsInTasks => [own_panel.as_ptr(), other_panel.as_ptr()],
+                        Order::ColumnsInTasks => [other_panel.as_ptr(), own_panel.as_ptr()],
+                    };
+                    // Each own panel has a share of the other operand's next blocks fetched.
+                    let ahead = whole.as_ptr().wrapping_add(next * BLOCK + i * count * AHEAD);
+                    // SAFETY: panels lie in the operands, so their square in `c`; a row to start from is as long as
+                    // the result's; `beside` is a square.
+                    unsafe {
+                        let (square, start) = c.square(&self.place(panel, other), block == 0);
+                        if narrow {
+                            let inner = Square { at: beside, stride: LINES, size: [rows, LINES] };
+                            let size = [rows, columns];
+                            let start = start.map(|(from, stride)| {
+                                copy_rows(from, stride, beside, LINES, size);
+                                (beside.cast_const(), LINES)
+                            });
+                            tiles.square(operands, count, inner, start, ahead, nowhere);
+                            copy_rows(beside, LINES, square.at, square.stride, size);
+                        } else {
+                            tiles.square(operands, count, square, start, ahead, nowhere);
+                        }
+                    }
+                }
             }
         }
     }
 }
 
-/// A block at the edge of the result.
-struct Edge {
-    to: *mut f32,
-    row_stride: usize,
-    rows: usize,
-    columns: usize,
+/// The numbers up to `count` in groups of one size: those of the first's, and the others, which are cut off.
+fn by_size(count: usize, size: impl Fn(usize) -> [usize; 2]) -> [Vec<usize>; 2] {
+    let (same, other) = (0..count).partition(|&panel| size(panel) == size(0));
+    [same, other]
 }
 
-/// A whole block of the result, on a cache line's border.
-#[repr(align(64))]
-struct Square([f32; LINES * LINES]);
-
-impl Edge {
-    /// # Safety
-    /// The part lies in the result and is nobody else's; the panels are of the same blocks.
-    unsafe fn fill(&self, tiles: &Tiles, a: &[f32], b: &[f32], start: Option<(*const f32, usize)>) {
-        let mut square = Square([0.0; LINES * LINES]);
-        // SAFETY: the square is 32 rows of 32; rows and columns lie in the result and in what it starts from.
+/// Copies rows of a matrix.
+///
+/// # Safety
+/// Both have so many rows and columns, and do not overlap.
+unsafe fn copy_rows(
+    from: *const f32,
+    from_stride: usize,
+    to: *mut f32,
+    to_stride: usize,
+    [rows, columns]: [usize; 2],
+) {
+    for row in 0..rows {
+        // SAFETY: the caller's duty.
         unsafe {
-            if let Some((from, stride)) = start {
-                for row in 0..self.rows {
-                    let to = square.0.as_mut_ptr().add(row * LINES);
-                    std::ptr::copy_nonoverlapping(from.add(row * stride), to, self.columns);
-                }
-            }
-            let to = square.0.as_mut_ptr();
-            let blocks = a.len() / BLOCK;
-            tiles.square(a.as_ptr(), b.as_ptr(), blocks, to, LINES, Some((to, LINES)));
-            for row in 0..self.rows {
-                let to = self.to.add(row * self.row_stride);
-                let from = square.0.as_ptr().add(row * LINES);
-                std::ptr::copy_nonoverlapping(from, to, self.columns);
-            }
+            std::ptr::copy_nonoverlapping(
+                from.add(row * from_stride),
+                to.add(row * to_stride),
+                columns,
+            );
         }
     }
 }
