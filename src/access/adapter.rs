@@ -142,7 +142,7 @@ impl Adapter {
     /// As [`Adapter::forward_part`], into `input`; what it holds beyond those images is filled with the last of them.
     ///
     /// # Errors
-    /// As [`Adapter::forward`], and when `input` has no room for them.
+    /// As [`Adapter::forward`], and when there are no such images, or `input` has no room for them or not for whole ones.
     pub fn forward_into(
         &self,
         images: &Images,
@@ -151,7 +151,11 @@ impl Adapter {
     ) -> Result<()> {
         let resize = self.resize(images.shape())?;
         let count = part.len() * self.stride();
-        if count == 0 || input.len() < count || part.end > images.len() {
+        if part.is_empty() && input.is_empty() {
+            return Ok(());
+        }
+        let whole = input.len() >= count && input.len().is_multiple_of(self.stride());
+        if part.is_empty() || !whole || part.end > images.len() {
             let found = input.len();
             let text = format!("images `{part:?}` of {} for {found} input values", images.len());
             return Err(Error::internal(text));

@@ -287,7 +287,7 @@ impl Teacher for WhiteTeacher {
             }
             compiled.with_workspace(|plan, workspace| -> Result<()> {
                 self.adapter.forward_into(images, own, plan.input_mut(workspace))?;
-                let output = plan.forward_there(workspace);
+                let output = plan.forward_written(workspace);
                 logits.extend_from_slice(&output[..used * classes]);
                 Ok(())
             })?;
@@ -336,7 +336,7 @@ impl Teacher for WhiteTeacher {
             }
             compiled.with_workspace(|plan, workspace| -> Result<()> {
                 self.adapter.forward_into(images, own, plan.input_mut(workspace))?;
-                let logits = plan.forward_there(workspace);
+                let logits = plan.forward_written(workspace);
                 let mut d_logits = vec![0.0; logits.len()];
                 let rows = logits.chunks_exact(classes).zip(d_logits.chunks_exact_mut(classes));
                 for (i, (row, d_row)) in rows.take(used).enumerate() {

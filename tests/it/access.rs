@@ -24,7 +24,7 @@ use metazoa::zoo::{Access, ModelSpec, OutputKind, read};
 
 use crate::black::Glyphs;
 use crate::remote::{OPTIONS, model, said};
-use crate::support::{repository, run_in, runtime, runtime_options, temp_dir};
+use crate::support::{repository, run_in, runtime, runtime_options, shared, temp_dir};
 
 const CONV4: &str = "ss_001_glyphs_conv4_32";
 
@@ -338,4 +338,41 @@ fn labels_alone_lower_the_loss_that_they_do_not_show() {
     for [down, here, up] in found {
         assert!(down < here - 0.3 && up > here + 0.3, "{down} {here} {up}");
     }
+}
+
+/// What does not fill a batch is filled up with its last image: the others' scores and gradients do not show it.
+#[test]
+fn a_short_last_batch_gives_what_it_gives_alone() {
+    let near = |found: &[f32], wanted: &[f32], what: &str| {
+        assert_eq!(found.len(), wanted.len(), "{what}");
+        let scale = wanted.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+        for (found, wanted) in found.iter().zip(wanted) {
+            assert!((found - wanted).abs() <= 1e-4 * scale, "{what}: {found} for {wanted}");
+        }
+    };
+    let open = |path: std::path::PathBuf| {
+        let spec = read::read_file(&path).unwrap().spec;
+        let graph = onnx::load(&spec.path, spec.path.parent().unwrap()).unwrap().graph;
+        WhiteTeacher::new(spec, graph, Surrogate::Off).unwrap()
+    };
+    let (teacher, images) = (open(model(CONV4)), noise(70));
+    let all = teacher.logits(&images).unwrap();
+    let classes = teacher.spec().classes;
+    near(&all[64 * classes..], &teacher.logits(&images.range(64, 70)).unwrap(), "scores");
+
+    let Some(folder) = shared("data/zoo_edge") else { return };
+    let (fixed, images) = (open(folder.join("edge_fixed_batch8.onnx")), noise(11));
+    let mut rng = RngStream::new(0, "test", "batch", 0);
+    let mut gradient = |from: usize, to: usize| {
+        let loss = CrossEntropy::new((from..to).map(|i| i % 5).collect());
+        let objective = Objective { logits: &loss, statistics_weight: 0.0 };
+        fixed.image_gradient(&images.range(from, to), &objective, &mut rng).unwrap()
+    };
+    let (all, first, last) = (gradient(0, 11), gradient(0, 8), gradient(8, 11));
+    // Each call's loss is a mean over its own images.
+    let scaled =
+        |part: &Images, n: f32| part.data().iter().map(|v| v * n / 11.0).collect::<Vec<_>>();
+    let wanted = [scaled(&first.gradient, 8.0), scaled(&last.gradient, 3.0)].concat();
+    near(all.gradient.data(), &wanted, "gradient");
+    near(&all.logits, &[first.logits, last.logits].concat(), "scores of a fixed batch");
 }

@@ -205,3 +205,32 @@ fn contradicting_fields_are_refused_by_name() {
     assert!(adapter.forward(&Images::zeros([1, 1, 4, 4])).is_err());
     assert!(adapter.backward(&[0.0; 7], [1, 3, 4, 4]).is_err());
 }
+
+#[test]
+fn a_part_of_the_images_is_filled_up_with_its_last_and_gradients_are_added() {
+    let adapter = Adapter::new(&preprocess([3, 4, 6])).unwrap();
+    let images = random(6, [5, 3, 8, 8]);
+    let all = adapter.forward(&images).unwrap();
+    let stride = 3 * 4 * 6;
+    let mut input = vec![f32::NAN; 4 * stride];
+    adapter.forward_into(&images, 2..4, &mut input).unwrap();
+    for (got, wanted) in input.chunks(stride).zip([2, 3, 3, 3]) {
+        assert_eq!(got, &all[wanted * stride..][..stride]);
+    }
+    for (part, length) in
+        [(2..4, stride), (2..4, 2 * stride + 1), (4..6, 2 * stride), (2..2, stride)]
+    {
+        let error = adapter.forward_into(&images, part.clone(), &mut vec![0.0; length]);
+        assert!(error.is_err(), "{part:?} into {length}");
+    }
+    assert_eq!(adapter.forward_part(&images, 2..2).unwrap(), Vec::<f32>::new());
+
+    let shape = [2, 3, 8, 8];
+    let gradient = adapter.backward(&input[..2 * stride], shape).unwrap();
+    let mut d_images = vec![0.5; gradient.data().len()];
+    adapter.backward_into(&input[..2 * stride], shape, &mut d_images).unwrap();
+    for (got, wanted) in d_images.iter().zip(gradient.data()) {
+        assert!((got - (wanted + 0.5)).abs() < 1e-5);
+    }
+    assert!(adapter.backward_into(&input[..2 * stride], shape, &mut d_images[1..]).is_err());
+}

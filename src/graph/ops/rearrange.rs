@@ -52,7 +52,7 @@ const PIECE: usize = 1 << 14;
 /// A run shorter than this, on average, is not worth an order of its own.
 const LONG: usize = 8;
 
-/// The runs of input `which` in its own order.
+/// The runs of input `which` in its own order, none longer than a task.
 fn taken_once(runs: &[Run], which: usize) -> Option<Vec<Run>> {
     let of_it = runs.iter().filter(|run| run.input as usize == which);
     let (count, length) =
@@ -60,7 +60,17 @@ fn taken_once(runs: &[Run], which: usize) -> Option<Vec<Run>> {
     if length < count * LONG {
         return None;
     }
-    let mut own: Vec<Run> = of_it.copied().collect();
+    let piece = PIECE as u32;
+    let mut own: Vec<Run> = of_it
+        .flat_map(|run| {
+            (0..run.length).step_by(PIECE).map(move |at| Run {
+                from: run.from + at,
+                to: run.to + at,
+                length: piece.min(run.length - at),
+                ..*run
+            })
+        })
+        .collect();
     own.sort_unstable_by_key(|run| run.from);
     own.windows(2).all(|two| two[0].from + two[0].length <= two[1].from).then_some(own)
 }
@@ -296,7 +306,7 @@ pub(super) fn indices(shape: &[usize]) -> impl Iterator<Item = Vec<usize>> + use
 mod tests {
     use super::*;
 
-    /// Gives back stretches of `length` of every second `period`, the later half first.
+    /// Gives back a stretch of `length` of every `period`, the later half first.
     fn check(period: usize, length: usize, mode: Mode) {
         let (count, size) = (40_000 / period, 40_100);
         let order = (count / 2..count).chain(0..count / 2);
@@ -323,6 +333,25 @@ mod tests {
             for (period, length) in [(100, 40), (100, 100), (20_000, 19_000), (50, 3), (8, 8)] {
                 check(period, length, mode);
             }
+        }
+    }
+
+    #[test]
+    fn each_of_two_inputs_gets_its_own_and_none_what_was_filled() {
+        let part = |input, at| (Source::Element { input, at }, 30);
+        let runs = runs([part(1, 10), (Source::Fill, 5), part(0, 40), part(1, 60)].into_iter());
+        let taken = (0..3).map(|which| taken_once(&runs, which)).collect();
+        let step = Rearrange { runs, taken, fill: 7.0 };
+        let d_output: Vec<f64> = (0..95).map(f64::from).collect();
+        for (which, parts) in [(0, vec![(40, 35)]), (1, vec![(10, 0), (60, 65)]), (2, vec![])] {
+            let mut wanted = vec![0.0; 100];
+            for (from, to) in parts {
+                wanted[from..from + 30].copy_from_slice(&d_output[to..to + 30]);
+            }
+            let mut data = vec![f64::NAN; 100];
+            let target = Target { data: &mut data, mode: Mode::Write };
+            step.backward(which, &[], &[], &d_output, target, &StepState::default());
+            assert_eq!(data, wanted, "input {which}");
         }
     }
 

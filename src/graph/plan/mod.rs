@@ -102,17 +102,23 @@ impl<T: Element> Plan<T> {
     pub fn forward<'w>(&self, workspace: &'w mut Workspace<T>, input: &[T]) -> &'w [T] {
         assert_eq!(input.len(), self.lengths[self.input], "plan input length");
         self.input_mut(workspace).copy_from_slice(input);
-        self.forward_there(workspace)
+        self.forward_written(workspace)
     }
 
-    /// Where the input of the next [`Plan::forward_there`] is written.
+    /// Where the input of the next [`Plan::forward_written`] is written.
+    ///
+    /// # Panics
+    /// When the workspace is another plan's.
     pub fn input_mut<'w>(&self, workspace: &'w mut Workspace<T>) -> &'w mut [T] {
         let slot = self.schedule.forward[self.input];
         &mut workspace.buffers[slot][..self.lengths[self.input]]
     }
 
-    /// As [`Plan::forward`], on what was written to [`Plan::input_mut`] since the last pass.
-    pub fn forward_there<'w>(&self, workspace: &'w mut Workspace<T>) -> &'w [T] {
+    /// Runs the network on what was written to [`Plan::input_mut`] since the last pass; returns the output.
+    ///
+    /// # Panics
+    /// When the workspace is another plan's.
+    pub fn forward_written<'w>(&self, workspace: &'w mut Workspace<T>) -> &'w [T] {
         let slots = &self.schedule.forward;
         for (index, record) in self.steps.iter().enumerate() {
             let mut output = std::mem::take(&mut workspace.buffers[slots[record.output]]);

@@ -3,7 +3,7 @@
 //!
 //! Kernels 3x3 of stride 1 over many channels go to `winograd`, other kernels of stride 1 to `direct`, depthwise layers to `depthwise`,
 //! 1x1 of stride 1 to `pointwise`; the rest is lowered to matrix products over
-//! tiles of output rows whose patch matrix stays in the second-level cache. Images are split over rayon's threads; no sum is split
+//! tiles of output rows whose patch matrix stays in the second-level cache. Images, and planes of depthwise layers, are split over rayon's threads; no sum is split
 //! by thread count, so results do not depend on it.
 
 use rayon::prelude::*;

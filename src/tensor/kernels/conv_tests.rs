@@ -133,7 +133,7 @@ fn gradients_are_the_adjoints_of_the_forward() {
 }
 
 /// Convolutions large enough for the matrix unit: 1x1 with few and many pixels, in groups, with more outputs than
-/// pixels; strides; patches; and one that it serves in one direction alone.
+/// pixels; strides; patches; and one that it serves in one direction alone. And depthwise ones of several tasks.
 fn large() -> Vec<Conv2dGeometry> {
     let base = Conv2dGeometry {
         batch: 3,
@@ -146,6 +146,14 @@ fn large() -> Vec<Conv2dGeometry> {
         pads: [0; 4],
         groups: 1,
     };
+    let depthwise = Conv2dGeometry {
+        input: [56, 56],
+        out_channels: 40,
+        kernel: [7, 7],
+        pads: [3; 4],
+        groups: 40,
+        ..base
+    };
     vec![
         base,
         Conv2dGeometry { batch: 9, in_channels: 200, input: [7, 7], out_channels: 300, ..base },
@@ -155,6 +163,8 @@ fn large() -> Vec<Conv2dGeometry> {
         Conv2dGeometry { kernel: [7, 7], stride: [2, 2], pads: [3; 4], in_channels: 3, ..base },
         Conv2dGeometry { kernel: [4, 4], stride: [4, 4], input: [32, 64], in_channels: 3, ..base },
         Conv2dGeometry { kernel: [2, 3], input: [33, 5], ..base },
+        depthwise,
+        Conv2dGeometry { stride: [2, 2], ..depthwise },
     ]
 }
 

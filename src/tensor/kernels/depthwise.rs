@@ -10,8 +10,10 @@ use rayon::prelude::*;
 
 use super::conv::{Conv2dGeometry, input_row, valid_columns};
 use super::direct::{Layout, pad};
+use super::vector::at_each_level;
 #[cfg(target_arch = "x86_64")]
 use super::vector::x86::{Avx2, Avx512};
+#[cfg(target_arch = "x86_64")]
 use super::vector::{Level, Vector};
 use super::{Element, scratch};
 
@@ -30,18 +32,27 @@ fn slide<T: Element>(x: &[T], taps: &[usize], w: &[T], y: &mut [T]) {
         && let (Some(x), Some(w)) = (T::as_f32(x), T::as_f32(w))
         && let Some(y) = T::as_f32_mut(y)
     {
-        let reach = taps.iter().max().map_or(0, |tap| tap + y.len());
-        assert!(reach <= x.len() && taps.len() == w.len() && y.len().is_multiple_of(STRETCH));
-        // SAFETY: the processor has the level's instructions; the bounds were checked.
-        unsafe {
-            match level {
-                Level::Avx512 => slide_avx512(x, taps, w, y),
-                Level::Avx2 => slide_avx2(x, taps, w, y),
-            }
-        }
-        return;
+        return slide_single(level, x, taps, w, y);
     }
-    slide_plain(x, taps, w, y);
+    slide_any(x, taps, w, y);
+}
+
+/// [`slide`] in `f32`, multiplied and added in one.
+#[cfg(target_arch = "x86_64")]
+fn slide_single(level: Level, x: &[f32], taps: &[usize], w: &[f32], y: &mut [f32]) {
+    let reach = taps.iter().max().map_or(0, |tap| tap + y.len());
+    assert!(reach <= x.len() && taps.len() == w.len() && y.len().is_multiple_of(STRETCH));
+    // SAFETY: the processor has the level's instructions; the bounds were checked.
+    unsafe {
+        match level {
+            Level::Avx512 => slide_avx512(x, taps, w, y),
+            Level::Avx2 => slide_avx2(x, taps, w, y),
+        }
+    }
+}
+
+at_each_level! {
+    slide_any = slide_body(x: &[T], taps: &[usize], w: &[T], y: &mut [T])
 }
 
 /// # Safety
@@ -66,6 +77,7 @@ unsafe fn slide_avx2(x: &[f32], taps: &[usize], w: &[f32], y: &mut [f32]) {
 ///
 /// # Safety
 /// The instructions of `V` are there; `x` is as long as `y` and the largest tap together, a weight a tap.
+#[cfg(target_arch = "x86_64")]
 #[inline(always)]
 unsafe fn slide_vectors<V: Vector, const N: usize>(
     x: &[f32],
@@ -73,6 +85,7 @@ unsafe fn slide_vectors<V: Vector, const N: usize>(
     w: &[f32],
     y: &mut [f32],
 ) {
+    const { assert!(N * V::LANES == STRETCH) };
     for (stretch, y) in y.chunks_exact_mut(STRETCH).enumerate() {
         // SAFETY: the caller's duty.
         unsafe {
@@ -91,9 +104,10 @@ unsafe fn slide_vectors<V: Vector, const N: usize>(
     }
 }
 
-// Index loops of constant length keep the sums in registers; iterators do not.
+// Over plain numbers, index loops of constant length keep the sums in registers; iterators do not.
 #[allow(clippy::needless_range_loop)]
-fn slide_plain<T: Element>(x: &[T], taps: &[usize], w: &[T], y: &mut [T]) {
+#[inline(always)]
+fn slide_body<T: Element>(x: &[T], taps: &[usize], w: &[T], y: &mut [T]) {
     for (stretch, y) in y.chunks_exact_mut(STRETCH).enumerate() {
         let x = &x[stretch * STRETCH..];
         let mut sums = [T::ZERO; STRETCH];
@@ -267,5 +281,29 @@ fn input_gradient_planes<T: Element>(
                 }
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::RngStream;
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn each_level_sums_the_taps() {
+        let mut rng = RngStream::new(0, "depthwise", "slide", 0);
+        let taps = [0, 1, 2, 17, 18, 40];
+        let (x, w) = (rng.normals(5 * STRETCH + 40), rng.normals(taps.len()));
+        for level in Level::all() {
+            let mut y = vec![f32::NAN; 5 * STRETCH];
+            slide_single(level, &x, &taps, &w, &mut y);
+            for (i, &y) in y.iter().enumerate() {
+                let terms =
+                    taps.iter().zip(&w).map(|(tap, &w)| f64::from(w) * f64::from(x[i + tap]));
+                let exact: f64 = terms.sum();
+                assert!((f64::from(y) - exact).abs() < 1e-5, "{level:?} {i}: {y} of {exact}");
+            }
+        }
     }
 }

@@ -27,10 +27,17 @@ pub fn zip<T: Element>(a: &[T], b: &[T], y: &mut [T], f: impl Two<T>) {
 }
 
 /// `y = f(a, b)` for `a` and `y` `[any, middle, inner]` and `b` `[middle]`.
+///
+/// # Panics
+/// When the sizes do not fit (a defect of the caller).
 pub fn spread<T: Element>(a: &[T], b: &[T], inner: usize, y: &mut [T], f: impl Two<T>) {
     let middle = b.len();
-    if middle == 0 || inner == 0 {
+    assert!(a.len() == y.len() && y.len().is_multiple_of(middle * inner), "sizes of a spread map");
+    if y.is_empty() {
         return;
+    }
+    if let [b] = *b {
+        return map(a, y, |a| f(a, b));
     }
     if inner == 1 {
         let rows = y.par_chunks_exact_mut(middle).zip(a.par_chunks_exact(middle));

@@ -422,7 +422,8 @@ pub(super) mod x86 {
                 woven[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
             }
             for q in 0..2 {
-                let [a, b, c, d] = [0, 1, 2, 3].map(|j| woven[4 * q + j]);
+                let (a, b) = (woven[4 * q], woven[4 * q + 1]);
+                let (c, d) = (woven[4 * q + 2], woven[4 * q + 3]);
                 rows[4 * q] = _mm256_shuffle_ps::<0b01_00_01_00>(a, c);
                 rows[4 * q + 1] = _mm256_shuffle_ps::<0b11_10_11_10>(a, c);
                 rows[4 * q + 2] = _mm256_shuffle_ps::<0b01_00_01_00>(b, d);

@@ -1,6 +1,6 @@
 //! Addition, subtraction, multiplication and division with broadcasting, and `a x + b`.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::memory::Value;
 use super::value::{Float, Slice, build, by_dtype};
@@ -19,7 +19,8 @@ enum Binary {
 impl Binary {
     fn value(self, a: &Tensor, b: &Tensor) -> Result<Value> {
         let same = a.dims() == b.dims();
-        let spread = spread_over(a.dims(), b.dims());
+        let floats = matches!(a.dtype(), DType::F32 | DType::F64);
+        let spread = spread_over(a.dims(), b.dims()).filter(|_| floats);
         if (same || spread.is_some()) && a.device().is_cpu() && a.dtype() == b.dtype() {
             let (a, b) = (a.contiguous()?, b.contiguous()?);
             let inner = if same { None } else { spread };
@@ -180,9 +181,22 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
+    use crate::tensor::RngStream;
+
+    fn random<T: Float>(rng: &mut RngStream, dims: &[usize]) -> Tensor {
+        let n = dims.iter().product();
+        let values: Vec<T> = (0..n).map(|_| T::of(1.0 + f64::from(rng.uniform()))).collect();
+        Tensor::from_vec(values, dims, &Device::Cpu).unwrap()
+    }
 
     #[test]
     fn a_spread_operand_gives_what_broadcasting_gives() {
+        check::<f32>();
+        check::<f64>();
+    }
+
+    fn check<T: Float>() {
+        let mut rng = RngStream::new(0, "tape", "spread", 0);
         let shapes: [(&[usize], &[usize]); 7] = [
             (&[4, 3, 5, 7], &[1, 3, 1, 1]),
             (&[4, 3, 5, 7], &[3, 5, 1]),
@@ -193,8 +207,8 @@ mod tests {
             (&[2, 0, 3], &[1, 1, 3]),
         ];
         for (wide, narrow) in shapes {
-            let a = Tensor::rand(1.0, 2.0, wide, &Device::Cpu).unwrap();
-            let b = Tensor::rand(1.0, 2.0, narrow, &Device::Cpu).unwrap();
+            let a = random::<T>(&mut rng, wide);
+            let b = random::<T>(&mut rng, narrow);
             assert!(spread_over(wide, narrow).is_some(), "{wide:?} {narrow:?}");
             for kind in [Binary::Add, Binary::Sub, Binary::Mul, Binary::Div] {
                 let wanted = match kind {
@@ -203,7 +217,7 @@ mod tests {
                     Binary::Mul => a.broadcast_mul(&b),
                     Binary::Div => a.broadcast_div(&b),
                 };
-                let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+                let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<T>().unwrap();
                 let found = kind.value(&a, &b).unwrap();
                 assert_eq!(
                     values(&found),

@@ -43,7 +43,8 @@ fn permitted() -> bool {
     false
 }
 
-/// Floats that [`Tiles::square`] fetches ahead with each block.
+/// Floats that [`Tiles::square`] fetches ahead with each block: its share where a task has four panels, the most; where it
+/// has fewer, what is left comes when it is loaded.
 pub(super) const AHEAD: usize = BLOCK / 4;
 
 /// Where a square of the result lies.
@@ -52,8 +53,7 @@ pub(super) struct Square {
     pub(super) at: *mut f32,
     /// Floats from a row to the next.
     pub(super) stride: usize,
-    /// Rows and columns.
-    pub(super) size: [usize; 2],
+    pub(super) rows: usize,
 }
 
 /// Shape of the tile registers, as `ldtilecfg` reads it.
@@ -66,26 +66,25 @@ struct Configuration {
     rows: [u8; 16],
 }
 
-/// This thread's tile registers, configured: four of a square of the result, two of each operand. Released when dropped.
+/// This thread's tile registers: four of a square of the result, two of each operand. Released when dropped.
 pub(super) struct Tiles {
     /// The configuration belongs to the thread that loaded it.
     _this_thread: std::marker::PhantomData<*const ()>,
 }
 
 impl Tiles {
-    /// Configures the registers for whole squares; `None` where there are none to use.
-    pub(super) fn configure() -> Option<Self> {
-        if !usable() {
-            return None;
-        }
-        let tiles = Self { _this_thread: std::marker::PhantomData };
-        tiles.shape([LINES, LINES]);
-        Some(tiles)
+    /// The registers, not yet of any shape; `None` where there are none to use.
+    pub(super) fn take() -> Option<Self> {
+        usable().then_some(Self { _this_thread: std::marker::PhantomData })
     }
 
-    /// Configures them for squares of so many rows and columns (1 to [`LINES`]). A second half that there is not is given
-    /// one line, which counts for nothing. Waits for all that the registers are at.
+    /// Configures them for squares of so many rows and columns. A lower half that there is not is given one row, which
+    /// counts for nothing. Waits for all that the registers are at.
+    ///
+    /// # Panics
+    /// Unless there are 1 to [`LINES`] rows and columns of both halves (a defect of the caller).
     pub(super) fn shape(&self, [rows, columns]: [usize; 2]) {
+        assert!((1..=LINES).contains(&rows) && (LINES / 2 + 1..=LINES).contains(&columns));
         let halves = |lines: usize| [lines.min(16) as u8, lines.clamp(17, LINES) as u8 - 16];
         let ([top, bottom], [left, right]) = (halves(rows), halves(columns));
         let mut configuration = Configuration {
@@ -100,7 +99,8 @@ impl Tiles {
         for (bytes, columns) in configuration.row_bytes.iter_mut().zip(columns) {
             *bytes = 4 * u16::from(columns);
         }
-        // SAFETY: the processor has the instruction and the process the permission (`usable`).
+        // SAFETY: the processor has the instruction and the process the permission (`usable`); no tile is empty or too
+        // large.
         unsafe {
             std::arch::asm!("ldtilecfg [{}]", in(reg) &raw const configuration, options(nostack));
         }
@@ -111,7 +111,7 @@ impl Tiles {
     /// between rows (0: one row for all). What lies at `ahead` is fetched meanwhile, [`AHEAD`] floats a block.
     ///
     /// # Safety
-    /// The registers have the shape of `c`, which has more than half of all columns. The panels hold `blocks` blocks
+    /// The registers have the shape of `c`. The panels hold `blocks` blocks
     /// from there on, `c` and `start` their rows and columns. `nowhere` is a row of [`LINES`] to read and write.
     #[inline(always)]
     pub(super) unsafe fn square(
@@ -124,7 +124,7 @@ impl Tiles {
         nowhere: *mut f32,
     ) {
         let (from, from_stride) = start.unwrap_or((c.at, c.stride));
-        let (f1, c1) = match c.size[0] > LINES / 2 {
+        let (f1, c1) = match c.rows > LINES / 2 {
             true => (from.wrapping_add(16 * from_stride), c.at.wrapping_add(16 * c.stride)),
             false => (nowhere.cast_const(), nowhere),
         };
@@ -230,7 +230,6 @@ impl Tiles {
                 "tileloadd tmm7, [{b} + {s}*1 + 3072]",
                 "add {a}, {step}",
                 "add {b}, {step}",
-                "add {p}, {share}",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "prefetcht1 [{p} + 1280]",
                 "tdpbf16ps tmm2, tmm5, tmm6",
@@ -242,6 +241,7 @@ impl Tiles {
                 "prefetcht1 [{p} + 1408]",
                 "tdpbf16ps tmm3, tmm5, tmm7",
                 "prefetcht1 [{p} + 1472]",
+                "add {p}, {share}",
                 "dec {blocks}",
                 "jnz 3b",
                 "tilestored [{c0} + {cs}*1], tmm0",
@@ -273,7 +273,7 @@ impl Tiles {
 
 impl Drop for Tiles {
     fn drop(&mut self) {
-        // SAFETY: they were configured when this was made, on this thread (it cannot be sent).
+        // SAFETY: the processor has the instruction (`usable`); the registers are this thread's (this cannot be sent).
         unsafe { std::arch::asm!("tilerelease", options(nostack, nomem)) }
     }
 }

@@ -86,7 +86,7 @@ impl Results {
                 From::Result => itself,
                 From::Row(row) => Some((row.add(column), 0)),
             };
-            (Square { at, stride: self.row_stride, size }, start)
+            (Square { at, stride: self.row_stride, rows: size[0] }, start)
         }
     }
 }
@@ -180,11 +180,11 @@ struct Task<'a> {
     panels: usize,
 }
 
-/// Panels that a task has packed: `packed` blocks of each from `start` on, one after the other.
+/// What a task has packed of its panels, one after the other: `count` blocks of each, from `first` on.
 struct Own<'a> {
     data: &'a [f32],
-    start: usize,
-    packed: usize,
+    first: usize,
+    count: usize,
 }
 
 /// Where two panels' square lies in the results, and its size.
@@ -200,26 +200,25 @@ impl Task<'_> {
     /// Nobody else uses this task's part of `c`, which has the sizes of the product.
     unsafe fn run(&self, c: Results) {
         let blocks = self.sizes.k.div_ceil(DEPTH);
-        let Some(tiles) = Tiles::configure() else { return };
+        let Some(tiles) = Tiles::take() else { return };
         let others = self.packed.len() / (blocks * BLOCK);
-        let size = |own, other| self.place(own, other).size;
-        let own_panels = by_size(self.panels, |own| size(own, 0));
-        let other_panels = by_size(others, |other| size(0, other));
+        let own_groups = by_size(self.panels, |own| self.place(own, 0).size);
+        let other_groups = by_size(others, |other| self.place(0, other).size);
         aligned(self.panels * PACKED_BLOCKS.min(blocks) * BLOCK, |own| {
-            for start in (0..blocks).step_by(PACKED_BLOCKS) {
-                let packed = PACKED_BLOCKS.min(blocks - start);
+            for first in (0..blocks).step_by(PACKED_BLOCKS) {
+                let count = PACKED_BLOCKS.min(blocks - first);
                 let part = Part {
                     first: self.first,
                     panels: self.panels,
-                    first_block: start,
-                    blocks: packed,
+                    first_block: first,
+                    blocks: count,
                 };
                 // SAFETY: the processor has AVX-512 F and BW (tiles are only there with them).
                 unsafe { self.streamed.pack(part, own) };
-                let own = Own { data: own, start, packed };
-                for panels in &own_panels {
-                    for others in &other_panels {
-                        // SAFETY: the caller's duty.
+                let own = Own { data: own, first, count };
+                for panels in &own_groups {
+                    for others in &other_groups {
+                        // SAFETY: the caller's duty; the groups are of one size each, and of panels that there are.
                         unsafe { self.times(&tiles, &own, [panels, others], c) };
                     }
                 }
@@ -240,10 +239,10 @@ impl Task<'_> {
         Place { item, row, column, size: [LINES.min(m - row), LINES.min(n - column)] }
     }
 
-    /// Some own panels times some others, whose squares are all of one size.
+    /// Some own panels times some others.
     ///
     /// # Safety
-    /// As [`Task::run`].
+    /// As [`Task::run`]. The panels are packed in `own` and `self.packed`, and all their squares are of one size.
     #[inline(always)]
     unsafe fn times(
         &self,
@@ -264,15 +263,15 @@ impl Task<'_> {
         let blocks = self.sizes.k.div_ceil(DEPTH);
         for &other in others {
             let whole = &self.packed[other * blocks * BLOCK..][..blocks * BLOCK];
-            for near in (0..own.packed).step_by(NEAR_BLOCKS) {
-                let count = NEAR_BLOCKS.min(own.packed - near);
-                let block = own.start + near;
+            for near in (0..own.count).step_by(NEAR_BLOCKS) {
+                let count = NEAR_BLOCKS.min(own.count - near);
+                let block = own.first + near;
                 let other_panel = &whole[block * BLOCK..][..count * BLOCK];
                 let next =
-                    if near + count < own.packed { block + count } else { blocks + own.start };
+                    if near + count < own.count { block + count } else { blocks + own.first };
                 for (i, &panel) in panels.iter().enumerate() {
                     let own_panel =
-                        &own.data[(panel * own.packed + near) * BLOCK..][..count * BLOCK];
+                        &own.data[(panel * own.count + near) * BLOCK..][..count * BLOCK];
                     let operands = match self.order {
                         Order::RowsInTasks => [own_panel.as_ptr(), other_panel.as_ptr()],
                         Order::ColumnsInTasks => [other_panel.as_ptr(), own_panel.as_ptr()],
@@ -280,11 +279,11 @@ impl Task<'_> {
                     // Each own panel has a share of the other operand's next blocks fetched.
                     let ahead = whole.as_ptr().wrapping_add(next * BLOCK + i * count * AHEAD);
                     // SAFETY: panels lie in the operands, so their square in `c`; a row to start from is as long as
-                    // the result's; `beside` is a square.
+                    // the result's; `beside` is a square and a row more; the registers were given the shape above.
                     unsafe {
                         let (square, start) = c.square(&self.place(panel, other), block == 0);
                         if narrow {
-                            let inner = Square { at: beside, stride: LINES, size: [rows, LINES] };
+                            let inner = Square { at: beside, stride: LINES, rows };
                             let size = [rows, columns];
                             let start = start.map(|(from, stride)| {
                                 copy_rows(from, stride, beside, LINES, size);
@@ -302,7 +301,7 @@ impl Task<'_> {
     }
 }
 
-/// The numbers up to `count` in groups of one size: those of the first's, and the others, which are cut off.
+/// The numbers up to `count` in groups of one size; there are two at most, whole panels and those that are cut off.
 fn by_size(count: usize, size: impl Fn(usize) -> [usize; 2]) -> [Vec<usize>; 2] {
     let (same, other) = (0..count).partition(|&panel| size(panel) == size(0));
     [same, other]
