@@ -212,14 +212,12 @@ impl BlackTeacher {
         paid: &Reservation<'_>,
     ) -> Result<Vec<f32>> {
         let n = part.len();
-        let mut values = self.adapter.forward_part(images, part)?;
         let filled = self.filled(n, size);
+        let mut shape = self.adapter.input_shape(filled).to_vec();
+        let mut values = vec![0.0; shape.iter().product()];
         // A fixed batch needs exactly `size` images: the last one fills it up. The answers for the filling are
         // thrown away.
-        let stride = values.len() / n;
-        let last = values[values.len() - stride..].to_vec();
-        (n..filled).for_each(|_| values.extend_from_slice(&last));
-        let mut shape = self.adapter.input_shape(filled).to_vec();
+        self.adapter.forward_into(images, part, &mut values)?;
         if self.backend.rank() == 2 {
             shape = vec![filled, values.len() / filled];
         }

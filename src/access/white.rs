@@ -259,6 +259,19 @@ impl WhiteTeacher {
         plans.insert(n, Arc::clone(&compiled));
         Ok(compiled)
     }
+
+    /// Input values of the images at `own`, filled up to `batch`.
+    #[cfg(any(feature = "cuda", test))]
+    fn input(
+        &self,
+        images: &Images,
+        own: std::ops::Range<usize>,
+        batch: usize,
+    ) -> Result<Vec<f32>> {
+        let mut input = vec![0.0; self.adapter.input_shape(batch).iter().product()];
+        self.adapter.forward_into(images, own, &mut input)?;
+        Ok(input)
+    }
 }
 
 impl Teacher for WhiteTeacher {
@@ -279,8 +292,7 @@ impl Teacher for WhiteTeacher {
             let own = start..start + used;
             #[cfg(any(feature = "cuda", test))]
             if let Some(on) = &compiled.on {
-                let mut input = vec![0.0; compiled.plan.input_shape().iter().product()];
-                self.adapter.forward_into(images, own, &mut input)?;
+                let input = self.input(images, own, compiled.batch)?;
                 logits.extend_from_slice(&on.logits(&input)?[..used * classes]);
                 start += used;
                 continue;
@@ -319,13 +331,12 @@ impl Teacher for WhiteTeacher {
             let [_, channels, height, width] = images.shape();
             let shape = [used, channels, height, width];
             let d_images = &mut result.gradient.data_mut()[own.start * stride..own.end * stride];
-            let inputs = used * compiled.plan.input_shape().iter().skip(1).product::<usize>();
+            let inputs: usize = self.adapter.input_shape(used).iter().product();
             let share = used as f32 / n as f32;
             let weight = objective.statistics_weight * share;
             #[cfg(any(feature = "cuda", test))]
             if let Some(on) = &compiled.on {
-                let mut input = vec![0.0; compiled.plan.input_shape().iter().product()];
-                self.adapter.forward_into(images, own, &mut input)?;
+                let input = self.input(images, own, compiled.batch)?;
                 let pass = on.gradient(&input, objective, weight, Part { start, used, n })?;
                 result.logits_loss += pass.logits_loss;
                 result.statistics_loss += f64::from(share) * pass.statistics_loss;

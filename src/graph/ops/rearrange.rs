@@ -57,7 +57,7 @@ fn taken_once(runs: &[Run], which: usize) -> Option<Vec<Run>> {
     let of_it = runs.iter().filter(|run| run.input as usize == which);
     let (count, length) =
         of_it.clone().fold((0, 0), |(count, sum), run| (count + 1, sum + run.length as usize));
-    if length < count * LONG {
+    if count == 0 || length < count * LONG {
         return None;
     }
     let piece = PIECE as u32;
@@ -190,9 +190,7 @@ impl<T: Element> Step<T> for Rearrange<T> {
         mut target: Target<'_, T>,
         _state: &StepState<T>,
     ) {
-        if let Some(runs) = self.taken.get(which).and_then(Option::as_ref)
-            && !runs.is_empty()
-        {
+        if let Some(runs) = &self.taken[which] {
             return give_back(runs, d_output, target);
         }
         target.clear_if_fresh();

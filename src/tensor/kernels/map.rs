@@ -39,6 +39,9 @@ pub fn spread<T: Element>(a: &[T], b: &[T], inner: usize, y: &mut [T], f: impl T
     if let [b] = *b {
         return map(a, y, |a| f(a, b));
     }
+    if middle == y.len() {
+        return zip(a, b, y, f);
+    }
     if inner == 1 {
         let rows = y.par_chunks_exact_mut(middle).zip(a.par_chunks_exact(middle));
         rows.with_min_len(BLOCK.div_ceil(middle)).for_each(|(y, a)| block_two(a, b, y, f));

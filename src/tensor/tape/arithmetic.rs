@@ -1,6 +1,6 @@
 //! Addition, subtraction, multiplication and division with broadcasting, and `a x + b`.
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use super::memory::Value;
 use super::value::{Float, Slice, build, by_dtype};
@@ -18,12 +18,11 @@ enum Binary {
 
 impl Binary {
     fn value(self, a: &Tensor, b: &Tensor) -> Result<Value> {
-        let same = a.dims() == b.dims();
-        let floats = matches!(a.dtype(), DType::F32 | DType::F64);
-        let spread = spread_over(a.dims(), b.dims()).filter(|_| floats);
-        if (same || spread.is_some()) && a.device().is_cpu() && a.dtype() == b.dtype() {
+        if let Some(inner) = spread_over(a.dims(), b.dims())
+            && a.device().is_cpu()
+            && a.dtype() == b.dtype()
+        {
             let (a, b) = (a.contiguous()?, b.contiguous()?);
-            let inner = if same { None } else { spread };
             return by_dtype(
                 a.dtype(),
                 || self.on_slices::<f32>(&a, &b, inner),
@@ -38,24 +37,20 @@ impl Binary {
         }))
     }
 
-    fn on_slices<T: Float>(self, a: &Tensor, b: &Tensor, inner: Option<usize>) -> Result<Value> {
+    fn on_slices<T: Float>(self, a: &Tensor, b: &Tensor, inner: usize) -> Result<Value> {
         let dims = a.dims();
         let (a, b) = (Slice::<T>::new(a)?, Slice::<T>::new(b)?);
-        build::<T>(dims, |y| match (self, inner) {
-            (Self::Add, None) => map::zip(&a, &b, y, |a, b| a + b),
-            (Self::Sub, None) => map::zip(&a, &b, y, |a, b| a - b),
-            (Self::Mul, None) => map::zip(&a, &b, y, |a, b| a * b),
-            (Self::Div, None) => map::zip(&a, &b, y, |a, b| a / b),
-            (Self::Add, Some(inner)) => map::spread(&a, &b, inner, y, |a, b| a + b),
-            (Self::Sub, Some(inner)) => map::spread(&a, &b, inner, y, |a, b| a - b),
-            (Self::Mul, Some(inner)) => map::spread(&a, &b, inner, y, |a, b| a * b),
-            (Self::Div, Some(inner)) => map::spread(&a, &b, inner, y, |a, b| a / b),
+        build::<T>(dims, |y| match self {
+            Self::Add => map::spread(&a, &b, inner, y, |a, b| a + b),
+            Self::Sub => map::spread(&a, &b, inner, y, |a, b| a - b),
+            Self::Mul => map::spread(&a, &b, inner, y, |a, b| a * b),
+            Self::Div => map::spread(&a, &b, inner, y, |a, b| a / b),
         })
     }
 }
 
-/// Where `b`, broadcast, gives the values of `a`'s middle axes (one a channel, one a column, one for all): how many values
-/// of `a` lie behind each.
+/// Where `b`, broadcast, gives the values of `a`'s middle axes (one a channel, one a column, one for all, one each): how
+/// many values of `a` lie behind each.
 fn spread_over(a: &[usize], b: &[usize]) -> Option<usize> {
     let longer = a.len().checked_sub(b.len())?;
     let Some(first) = b.iter().position(|&d| d != 1) else { return Some(a.iter().product()) };
@@ -197,7 +192,7 @@ mod tests {
 
     fn check<T: Float>() {
         let mut rng = RngStream::new(0, "tape", "spread", 0);
-        let shapes: [(&[usize], &[usize]); 7] = [
+        let shapes: [(&[usize], &[usize]); 10] = [
             (&[4, 3, 5, 7], &[1, 3, 1, 1]),
             (&[4, 3, 5, 7], &[3, 5, 1]),
             (&[2, 9000], &[9000]),
@@ -205,6 +200,9 @@ mod tests {
             (&[3, 8, 4096], &[1, 1, 1]),
             (&[6, 5], &[1]),
             (&[2, 0, 3], &[1, 1, 3]),
+            (&[3, 7000], &[3, 7000]),
+            (&[1, 1], &[1, 1]),
+            (&[2, 0], &[2, 0]),
         ];
         for (wide, narrow) in shapes {
             let a = random::<T>(&mut rng, wide);

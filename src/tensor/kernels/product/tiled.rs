@@ -163,9 +163,10 @@ fn tasks(panels: usize, workers: usize) -> Vec<(usize, usize)> {
     let (mut tasks, mut first) = (Vec::new(), 0);
     while first < panels {
         let left = panels - first;
-        let own = if workers == 1 { left } else { left.div_ceil(2 * workers) };
-        tasks.push((first, own.min(TASK_PANELS)));
-        first += own.min(TASK_PANELS);
+        let share = if workers == 1 { left } else { left.div_ceil(2 * workers) };
+        let own = share.min(TASK_PANELS);
+        tasks.push((first, own));
+        first += own;
     }
     tasks
 }
