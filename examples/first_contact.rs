@@ -3,8 +3,9 @@
 //! `cargo build && cargo run --example first_contact -- ZOO|MODEL.onnx...`
 //!
 //! `all` is what a file costs in the process that tries them (its start, some 50 ms, is paid once a worker); `open` ONNX Runtime's opening of the file and `runs`
-//! the test runs, both in a process where the library is loaded already; `beyond` is what the border of the
-//! process costs: all - open - runs. Medians of five, one model at a time.
+//! the test runs, each in a new process where the library is loaded already and no other model was opened: what the first opening costs anyone.
+//! `beyond` is what the border of the process costs: all - open - runs. `warm` is open and runs where the same file was
+//! opened before and the memory that it takes lies ready. Medians of five, one model at a time.
 #![allow(clippy::print_stdout)]
 
 use std::path::{Path, PathBuf};
@@ -16,6 +17,8 @@ use metazoa::access::runtime::Runtime;
 use metazoa::{Error, Result};
 
 const ROUNDS: usize = 5;
+/// First word of a call of this program by itself.
+const COLD: &str = "--cold";
 
 fn main() -> Result<()> {
     let here = std::env::current_exe().map_err(|error| Error::io(Path::new("."), &error))?;
@@ -24,24 +27,35 @@ fn main() -> Result<()> {
     let cache = std::env::var("HOME").unwrap_or_default() + "/.cache/metazoa";
     let runtime = Runtime::load(&RuntimeOptions::new(cache))?;
     let library = runtime.library().path.clone();
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    if let [first, what, model] = words.as_slice()
+        && first == COLD
+    {
+        let model = Path::new(model);
+        let took = match what.as_str() {
+            "open" => timed(|| runtime.open(model))?,
+            _ => timed(|| child::answer(&request(model, &library)?))?,
+        };
+        println!("{took}");
+        return Ok(());
+    }
     let prober = Prober::new(&executable, &library);
-    println!("| model | MB | all | open | runs | beyond |\n|---|---|---|---|---|---|");
+    println!("| model | MB | all | open | runs | beyond | warm |\n|---|---|---|---|---|---|---|");
     let mut worst: f64 = 0.0;
-    for path in std::env::args().skip(1).flat_map(|word| models(Path::new(&word))) {
-        let request = ProbeRequest { model: path.clone(), library: library.clone(), input: None };
-        let text = serde_json::to_string(&request)
-            .map_err(|error| Error::internal(format!("no request: `{error}`")))?;
+    for path in words.iter().flat_map(|word| models(Path::new(word))) {
+        let text = request(&path, &library)?;
         let bytes = std::fs::metadata(&path).map_err(|error| Error::io(&path, &error))?.len();
-        let mut times: [Vec<f64>; 3] = Default::default();
+        let mut times: [Vec<f64>; 4] = Default::default();
         for _ in 0..ROUNDS {
             times[0].push(timed(|| prober.probe(&path, None, &ProbeLimits::for_size(bytes)))?);
-            times[1].push(timed(|| runtime.open(&path))?);
-            times[2].push(timed(|| child::answer(&text))?);
+            times[1].push(cold(&here, "open", &path)?);
+            times[2].push(cold(&here, "answer", &path)?);
+            times[3].push(timed(|| child::answer(&text))?);
         }
-        let [all, open, answer] = times.map(median);
+        let [all, open, answer, warm] = times.map(median);
         worst = worst.max(all - answer);
         println!(
-            "| {} | {:.1} | {all:.0} | {open:.0} | {:.0} | {:.0} |",
+            "| {} | {:.1} | {all:.0} | {open:.0} | {:.0} | {:.0} | {warm:.0} |",
             path.file_stem().unwrap_or_default().to_string_lossy(),
             bytes as f64 / 1e6,
             answer - open,
@@ -50,6 +64,21 @@ fn main() -> Result<()> {
     }
     println!("\nmost beyond opening and runs: {worst:.0} ms");
     Ok(())
+}
+
+fn request(model: &Path, library: &Path) -> Result<String> {
+    let (model, library) = (model.to_path_buf(), library.to_path_buf());
+    serde_json::to_string(&ProbeRequest { model, library, input: None })
+        .map_err(|error| Error::internal(format!("no request: `{error}`")))
+}
+
+/// What `what` takes in a new process.
+fn cold(here: &Path, what: &str, model: &Path) -> Result<f64> {
+    let mut command = std::process::Command::new(here);
+    let said = command.args([COLD, what]).arg(model).output();
+    let said = said.map_err(|error| Error::io(here, &error))?;
+    let text = String::from_utf8_lossy(&said.stdout);
+    text.trim().parse().map_err(|_| Error::internal(format!("no time but `{text}`")))
 }
 
 /// A file, or the models of a folder by name.

@@ -39,6 +39,8 @@ WAYS = {
     "generator a model, 200 steps": ["recover.by=generator", "recover.black_box.steps=200"],
     "generator a model, 50 steps": ["recover.by=generator", "recover.black_box.steps=50"],
     "FIVE, no rounds": [*FIVE, "five.rounds=0"],
+    "FIVE, no rounds, 8 steps, statistics 0.1": [*FIVE, "five.rounds=0", "five.steps=8", "five.statistics_weight=0.1"],
+    "FIVE, no rounds, 15 steps, statistics 0.1": [*FIVE, "five.rounds=0", "five.steps=15", "five.statistics_weight=0.1"],
     "FIVE, 20 rounds": [*FIVE, "five.rounds=20"],
     "FIVE, 60 rounds": [*FIVE, "five.rounds=60"],
     "FIVE, 200 rounds": [*FIVE, "five.rounds=200"],

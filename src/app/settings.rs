@@ -136,7 +136,7 @@ pub fn bidf_config(config: &RunConfig) -> BidfConfig {
         image_size: config.image_size,
         round: round_config(config),
         choice: match own.choice {
-            ChoiceName::Knowledge => Choice::Knowledge,
+            ChoiceName::Knowledge => Choice::Knowledge { depth: own.depth },
             ChoiceName::Uniform => Choice::Uniform,
         },
         levels: match own.levels {

@@ -6,7 +6,11 @@ pub enum Choice {
     /// Where a query is expected to teach most: how far the meta-model's answers are from the model's, divided by what a
     /// visit costs and by the visits already paid, so that a model that cannot be learned does not eat the budget.
     /// Models never visited count as the farthest.
-    Knowledge,
+    Knowledge {
+        /// Visits that a model is paid before another one is begun: under a budget that covers few, many images of a
+        /// few classes teach more than a few of many (docs/bidf-mkd.md).
+        depth: u64,
+    },
     /// At random (the published program).
     Uniform,
 }
@@ -43,14 +47,16 @@ pub fn plan(mut models: Vec<Known>, choice: Choice, most: usize, left: Option<u6
     };
     plan.exhausted = models.iter().filter(|known| !affordable(known)).map(|k| k.model).collect();
     models.retain(affordable);
-    if choice == Choice::Knowledge {
+    if let Choice::Knowledge { depth } = choice {
+        let begun = |known: &Known| (1..depth).contains(&known.visits);
         let farthest = models.iter().filter_map(|known| known.gap).fold(1.0, f64::max);
         let worth = |known: &Known| {
             let gap = known.gap.filter(|gap| gap.is_finite()).unwrap_or(farthest);
             gap / ((known.cost.max(1)) as f64 * (1 + known.visits) as f64)
         };
         // Of equals the first drawn.
-        models.sort_by(|a, b| worth(b).total_cmp(&worth(a)));
+        let order = |a: &Known, b: &Known| worth(b).total_cmp(&worth(a));
+        models.sort_by(|a, b| begun(b).cmp(&begun(a)).then_with(|| order(a, b)));
     }
     let mut left = left.unwrap_or(u64::MAX);
     for known in models {
@@ -82,12 +88,30 @@ mod tests {
             known(3, 9, 100, Some(2.0)),
             known(4, 0, 100, None),
         ];
-        let chosen = |most, left| plan(models.clone(), Choice::Knowledge, most, left).chosen;
+        let by = Choice::Knowledge { depth: 1 };
+        let chosen = |most, left| plan(models.clone(), by, most, left).chosen;
         assert_eq!(chosen(5, None), [2, 4, 1, 0, 3]);
         assert_eq!(chosen(2, None), [2, 4]);
         // 110 are enough for two, and for nobody after them.
         assert_eq!(chosen(5, Some(115)), [2, 4]);
         assert_eq!(plan(models.clone(), Choice::Uniform, 3, None).chosen, [0, 1, 2]);
+    }
+
+    #[test]
+    fn what_is_begun_is_finished_before_another_model_is_begun() {
+        let models = vec![
+            known(0, 0, 100, None),
+            known(1, 4, 100, Some(9.0)),
+            known(2, 3, 100, Some(0.1)),
+            known(3, 1, 100, Some(0.2)),
+            known(4, 1, 100, Some(0.3)),
+        ];
+        let chosen = |depth| plan(models.clone(), Choice::Knowledge { depth }, 5, None).chosen;
+        // A model never visited counts as far as the farthest.
+        assert_eq!(chosen(1), [0, 1, 4, 3, 2]);
+        assert_eq!(chosen(2), [4, 3, 0, 1, 2]);
+        assert_eq!(chosen(3), [4, 3, 0, 1, 2]);
+        assert_eq!(chosen(4), [4, 3, 2, 0, 1]);
     }
 
     #[test]

@@ -221,6 +221,7 @@ fn what_bidf_mkd_cannot_do_is_said_before_anything_is_asked() {
     small_zoo(dir.path(), &CONV4);
     for (value, said) in [
         ("bidf.sets_kept=1", "`bidf.sets_kept`"),
+        ("bidf.depth=0", "`bidf.depth`"),
         ("bidf.distillation.temperature=0", "`bidf.distillation.temperature`"),
         ("bidf.replay={mix: {alpha: 0}}", "`bidf.replay.mix.alpha`"),
         ("bidf.replay={distillation: {weight: 3}}", "`bidf.replay.distillation.weight`"),

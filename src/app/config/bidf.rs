@@ -15,6 +15,8 @@ pub struct BidfConfig {
     pub generator: BidfGeneratorName,
     /// Whom to visit.
     pub choice: ChoiceName,
+    /// Visits that choice `knowledge` pays a model before it begins another one.
+    pub depth: u64,
     /// What distils the models' answers.
     pub levels: LevelsName,
     /// How, on both levels.
@@ -115,6 +117,9 @@ impl BidfConfig {
                 self.sets_kept
             )));
         }
+        if self.depth == 0 {
+            return Err(Error::input("`bidf.depth` must be 1 or more: `0`"));
+        }
         self.distillation.check("bidf.distillation")?;
         let Some(replay) = &self.replay else {
             if self.levels == LevelsName::Off {
@@ -143,6 +148,7 @@ impl Default for BidfConfig {
         Self {
             generator: BidfGeneratorName::Shared,
             choice: ChoiceName::Knowledge,
+            depth: 8,
             levels: LevelsName::Both,
             distillation: DistillationConfig { weight: 1.0, ..DistillationConfig::default() },
             boundary_distance: DistanceName::Kl,

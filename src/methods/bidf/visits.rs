@@ -59,9 +59,17 @@ impl Bidf<'_> {
     fn choose(&self, trainer: &Trainer) -> Result<(Plan, Vec<(usize, Error)>)> {
         let mut rng = RngStream::new(self.config.seed, "bidf", "choice", self.rounds);
         let drawn = rng.sample(self.models.len(), self.models.len().min(LOOKED_AT));
+        let mut drawn: Vec<usize> = drawn.into_iter().map(|at| self.models[at]).collect();
+        if let Choice::Knowledge { depth } = self.config.choice {
+            // What was begun is looked at, drawn or not.
+            let begun = self.visits.iter().filter(|(_, visits)| (1..depth).contains(*visits));
+            let begun = begun.map(|(model, _)| *model).filter(|model| self.models.contains(model));
+            let missing: Vec<usize> = begun.filter(|model| !drawn.contains(model)).collect();
+            drawn.extend(missing);
+        }
         let mut failed = Vec::new();
         let mut known = Vec::new();
-        for model in drawn.into_iter().map(|at| self.models[at]) {
+        for model in drawn {
             match self.teachers.get(model) {
                 Ok(teacher) => known.push(Known {
                     model,
@@ -73,7 +81,7 @@ impl Bidf<'_> {
                 Err(error) => failed.push((model, error)),
             }
         }
-        if self.config.choice == Choice::Knowledge {
+        if matches!(self.config.choice, Choice::Knowledge { .. }) {
             let gaps: Vec<Option<f64>> = known
                 .par_iter()
                 .map(|known| self.gap(trainer, known.model))
