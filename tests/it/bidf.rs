@@ -102,7 +102,7 @@ fn bidf_mkd_does_without_each_of_its_parts() {
         ("mix", "bidf.replay={mix: {space: features}}"),
         ("pixels", "bidf.replay={mix: {space: pixels, alpha: 1}}"),
         ("soft", "bidf.replay={distillation: {temperature: 2}}"),
-        ("uniform", "bidf.choice=uniform"),
+        ("knowledge", "bidf={choice: knowledge, depth: 2}"),
         ("no-boundary", "five.boundary_weight=0"),
         ("l1", "bidf.boundary_distance=logit-l1"),
         ("linear", "bidf.distillation.kd_loss=linear"),

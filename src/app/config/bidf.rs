@@ -47,7 +47,7 @@ pub enum BidfGeneratorName {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ChoiceName {
-    /// The models of which the meta-model knows least, for each query.
+    /// The models of which the meta-model knows least, for each query (docs/bidf-mkd.md: no better where it was measured).
     Knowledge,
     /// Models at random, as in the paper.
     Uniform,
@@ -147,7 +147,7 @@ impl Default for BidfConfig {
     fn default() -> Self {
         Self {
             generator: BidfGeneratorName::Shared,
-            choice: ChoiceName::Knowledge,
+            choice: ChoiceName::Uniform,
             depth: 8,
             levels: LevelsName::Both,
             distillation: DistillationConfig { weight: 1.0, ..DistillationConfig::default() },
