@@ -495,8 +495,8 @@ fn the_shared_suite_is_a_grid() {
     let path = repository().join("benches/suites/shared.yaml");
     let suite = Suite::read(&path).unwrap_or_else(|error| panic!("{error}"));
     let names = cell_names(&suite).unwrap_or_else(|error| panic!("{error}"));
-    // Three scenarios and seeds of four methods and twenty-three ablations; the points of sweeps.
-    assert_eq!(names.len(), 3 * 3 * 27 + 4 * (4 + 5) + 2 * 3 + 7);
+    // Three scenarios and seeds of four methods and twenty-four ablations; the points of sweeps.
+    assert_eq!(names.len(), 3 * 3 * 28 + 4 * (4 + 5) + 2 * 3 + 7);
     if shared("data/zoo_mh").is_some() {
         let ran = run_in(
             &repository(),
