@@ -15,6 +15,13 @@ pub enum Choice {
     Uniform,
 }
 
+impl Choice {
+    /// Whether a model that was paid `visits` comes before those that are not begun or have all that they are first paid.
+    pub fn goes_on(self, visits: u64) -> bool {
+        matches!(self, Self::Knowledge { depth } if (1..depth).contains(&visits))
+    }
+}
+
 /// What is known of a model before a visit.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Known {
@@ -47,16 +54,17 @@ pub fn plan(mut models: Vec<Known>, choice: Choice, most: usize, left: Option<u6
     };
     plan.exhausted = models.iter().filter(|known| !affordable(known)).map(|k| k.model).collect();
     models.retain(affordable);
-    if let Choice::Knowledge { depth } = choice {
-        let begun = |known: &Known| (1..depth).contains(&known.visits);
+    if matches!(choice, Choice::Knowledge { .. }) {
         let farthest = models.iter().filter_map(|known| known.gap).fold(1.0, f64::max);
         let worth = |known: &Known| {
             let gap = known.gap.filter(|gap| gap.is_finite()).unwrap_or(farthest);
             gap / ((known.cost.max(1)) as f64 * (1 + known.visits) as f64)
         };
+        let goes_on = |known: &Known| choice.goes_on(known.visits);
         // Of equals the first drawn.
-        let order = |a: &Known, b: &Known| worth(b).total_cmp(&worth(a));
-        models.sort_by(|a, b| begun(b).cmp(&begun(a)).then_with(|| order(a, b)));
+        models.sort_by(|a, b| {
+            goes_on(b).cmp(&goes_on(a)).then_with(|| worth(b).total_cmp(&worth(a)))
+        });
     }
     let mut left = left.unwrap_or(u64::MAX);
     for known in models {

@@ -47,7 +47,7 @@ pub enum BidfGeneratorName {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ChoiceName {
-    /// The models of which the meta-model knows least, for each query (docs/bidf-mkd.md: no better where it was measured).
+    /// The models of which the meta-model knows least, for each query (docs/bidf-mkd.md holds both against each other).
     Knowledge,
     /// Models at random, as in the paper.
     Uniform,

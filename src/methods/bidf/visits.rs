@@ -59,29 +59,27 @@ impl Bidf<'_> {
     fn choose(&self, trainer: &Trainer) -> Result<(Plan, Vec<(usize, Error)>)> {
         let mut rng = RngStream::new(self.config.seed, "bidf", "choice", self.rounds);
         let drawn = rng.sample(self.models.len(), self.models.len().min(LOOKED_AT));
-        let mut drawn: Vec<usize> = drawn.into_iter().map(|at| self.models[at]).collect();
-        if let Choice::Knowledge { depth } = self.config.choice {
-            // What was begun is looked at, drawn or not.
-            let begun = self.visits.iter().filter(|(_, visits)| (1..depth).contains(*visits));
-            let begun = begun.map(|(model, _)| *model).filter(|model| self.models.contains(model));
-            let missing: Vec<usize> = begun.filter(|model| !drawn.contains(model)).collect();
-            drawn.extend(missing);
-        }
+        let drawn: Vec<usize> = drawn.into_iter().map(|at| self.models[at]).collect();
+        let choice = self.config.choice;
+        let visits = |model: &usize| self.visits.get(model).copied().unwrap_or_default();
+        // What was begun is looked at, drawn or not.
+        let begun = self.models.iter();
+        let begun = begun.filter(|model| choice.goes_on(visits(model)) && !drawn.contains(model));
         let mut failed = Vec::new();
         let mut known = Vec::new();
-        for model in drawn {
-            match self.teachers.get(model) {
+        for model in drawn.iter().chain(begun) {
+            match self.teachers.get(*model) {
                 Ok(teacher) => known.push(Known {
-                    model,
-                    visits: self.visits.get(&model).copied().unwrap_or_default(),
+                    model: *model,
+                    visits: visits(model),
                     cost: self.cost(teacher.as_ref()),
                     left: teacher.queries_left(),
                     gap: None,
                 }),
-                Err(error) => failed.push((model, error)),
+                Err(error) => failed.push((*model, error)),
             }
         }
-        if matches!(self.config.choice, Choice::Knowledge { .. }) {
+        if matches!(choice, Choice::Knowledge { .. }) {
             let gaps: Vec<Option<f64>> = known
                 .par_iter()
                 .map(|known| self.gap(trainer, known.model))
@@ -89,7 +87,7 @@ impl Bidf<'_> {
             known.iter_mut().zip(gaps).for_each(|(known, gap)| known.gap = gap);
         }
         let left = self.pool.remaining();
-        Ok((plan(known, self.config.choice, self.config.round.models, left), failed))
+        Ok((plan(known, choice, self.config.round.models, left), failed))
     }
 
     /// How far the meta-model's answers are from the model's own, on the images of its newest visit; nothing is asked.
